@@ -1,0 +1,268 @@
+"""What the executed notebooks say, gathered: results/results.json, LEDGER.md, and the tables in README.md.
+
+`python tools/report.py` writes them, `python tools/report.py --check` compares and names what is stale.
+"""
+
+import argparse
+import ast
+import csv
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+from course import ROOT, CourseError, cells, scripts
+
+VERDICTS = ["reproduced", "weaker", "absent", "simulated only", "derived", "paper inconsistent"]
+SECTIONS = {
+    "1": "Introduction",
+    "3.1": "Pre-training data",
+    "3.2": "Architecture and scaling laws",
+    "3.3": "Infrastructure",
+    "3.4": "Training recipe",
+    "4.1": "Post-training: modelling",
+    "4.2": "Post-training: data",
+    "4.3": "Capabilities",
+    "5.1": "Results of the base model",
+    "5.2": "Results after post-training",
+    "5.3": "Human evaluation",
+    "5.4": "Safety",
+    "6": "Inference",
+    "7": "Vision",
+    "8": "Speech",
+}
+
+
+def printed(notebook: Path) -> list[tuple[str, str]]:
+    """Every line that the notebook's code cells printed, with the first line of the cell."""
+    found = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        for output in cell.get("outputs", []) if cell.cell_type == "code" else []:
+            if output.output_type == "stream" and output.name == "stdout":
+                marker = cell.source.partition("\n")[0]
+                found += [(marker, line) for line in output.text.splitlines()]
+    return found
+
+
+def claims(root: Path = ROOT) -> dict[str, dict]:
+    """The claims tested, by id: the line that `ledger.claim` printed, taken apart.
+
+    Raises CourseError for an id claimed twice, or whose cell does not say `#| claim ID`.
+    """
+    found: dict[str, dict] = {}
+    fields = ["section", "verdict", "claim", "predicted", "measured", "function", "test"]
+    for script in scripts(root):
+        notebook = script.with_suffix(".ipynb")
+        if not notebook.exists():
+            continue
+        lines = [
+            (marker, parts)
+            for marker, line in printed(notebook)
+            if len(parts := line.split(" | ")) == 8 and parts[0][0] in "LS"
+        ]
+        for marker, (name, *rest) in lines:
+            if marker.split() != ["#|", "claim", name]:
+                raise CourseError(
+                    f"{notebook.name}: the cell of {name} must begin `#| claim {name}`"
+                )
+            if name in found:
+                raise CourseError(
+                    f"{notebook.name}: {name} is claimed in {found[name]['chapter']} too"
+                )
+            found[name] = dict(zip(fields, rest, strict=True)) | {"chapter": script.stem}
+        marked = {w[0] for c in cells(script) if (w := c.words("claim"))}
+        if silent := marked - {parts[0] for _, parts in lines}:
+            raise CourseError(
+                f"{notebook.name}: {sorted(silent)} marked as claim, no verdict printed"
+            )
+    return found
+
+
+def unknown_targets(found: dict[str, dict], root: Path = ROOT) -> list[str]:
+    """Claims whose id, verdict, function or test does not exist."""
+    faults = []
+    known = {row["id"] for row in inventory()}
+    for name, claim in found.items():
+        where = f"chapters/{claim['chapter']}.ipynb: claim {name}"
+        if name not in known:
+            faults.append(f"{where} is no id of tools/claims.tsv")
+        if claim["verdict"] not in VERDICTS:
+            faults.append(f"{where} has the verdict {claim['verdict']!r}, not one of {VERDICTS}")
+        module, _, function = claim["function"].partition(".")
+        path = root / "llm_from_scratch" / f"{module}.py"
+        defines = path.exists() and {
+            n.name for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "name")
+        }
+        if not defines or function.rpartition(".")[2] not in defines:
+            faults.append(f"{where} names {claim['function']}, which is not in the package")
+        file, _, test = claim["test"].partition("::")
+        path = root / file
+        if not path.exists() or f"def {test.partition('[')[0]}(" not in path.read_text():
+            faults.append(f"{where} names the test {claim['test']}, which is not there")
+    return faults
+
+
+def results(root: Path = ROOT) -> dict[str, dict]:
+    """The headline numbers by name: the lines that `ledger.result` printed."""
+    found = {}
+    for script in scripts(root):
+        notebook = script.with_suffix(".ipynb")
+        for _, line in printed(notebook) if notebook.exists() else []:
+            parts = [part.strip() for part in line.split("|")]
+            if parts[0] == "result" and len(parts) == 5:
+                _, name, value, unit, note = parts
+                found[name] = {
+                    "value": float(value),
+                    "unit": unit,
+                    "note": note,
+                    "chapter": script.stem,
+                }
+    return found
+
+
+def results_text(root: Path = ROOT) -> str:
+    return json.dumps(results(root), indent=1, ensure_ascii=False) + "\n"
+
+
+def inventory() -> list[dict]:
+    """The 240 techniques of the paper (L) and of the other sources (S): id, where, technique, chapter."""
+    with (Path(__file__).parent / "claims.tsv").open() as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def one_line(root: Path = ROOT) -> str:
+    """The ledger in a sentence."""
+    tested = Counter(c["verdict"] for name, c in claims(root).items() if name.startswith("L"))
+    total = sum(row["id"].startswith("L") for row in inventory())
+    counts = ", ".join(f"{tested[v]} {v}" for v in VERDICTS if tested[v])
+    return f"{sum(tested.values())} of {total} claims of the paper tested: {counts or 'none yet'}."
+
+
+def ledger_text(root: Path = ROOT) -> str:
+    """LEDGER.md: a row per id, by section of the paper; then a table for the other sources."""
+    found = claims(root)
+
+    def row(entry: dict) -> str:
+        claim = found.get(entry["id"])
+        if claim is None:
+            return f"| {entry['id']} | {entry['technique']} | *not yet tested* | | | {entry['chapter']} | |"
+        chapter = f"[{claim['chapter']}](chapters/{claim['chapter']}.ipynb)"
+        return (
+            f"| {entry['id']} | {claim['claim']} | **{claim['verdict']}** | {claim['predicted']} | "
+            f"{claim['measured']} | {chapter} `{claim['function']}` | `{claim['test']}` |"
+        )
+
+    head = "| id | claim | verdict | predicted | measured | where | test |\n|---|---|---|---|---|---|---|"
+    out = [
+        "# The replication ledger\n",
+        "Each claim of *The Llama 3 Herd of Models* (arXiv 2407.21783) that a chapter tests: predicted, "
+        "measured at miniature scale,\nand given a verdict that the measurement supports. Generated by "
+        "`make ledger` from the executed notebooks.\n",
+        f"**{one_line(root)}**\n",
+        "*reproduced*: the effect is there as worded. *weaker*: there, but smaller than predicted. "
+        "*absent*: not there at this scale.\n*simulated only*: the mechanism is shown without the "
+        "hardware or the people it needs. *derived*: follows by arithmetic.\n*paper inconsistent*: the "
+        "paper's own numbers disagree.\n",
+    ]
+    rows = [e for e in inventory() if e["id"].startswith("L")]
+    for section, title in SECTIONS.items():
+        of = [
+            e
+            for e in rows
+            if (e["where"].split(";")[0].split(" ")[0] + ".").startswith(section + ".")
+        ]
+        if of:
+            out += [f"## {section} {title}\n", head, *map(row, of), ""]
+    others = [e for e in inventory() if e["id"].startswith("S")]
+    for source in dict.fromkeys(e["where"] for e in others):
+        out += [f"## {source}\n", head, *[row(e) for e in others if e["where"] == source], ""]
+    return "\n".join(out)
+
+
+def first_line(script: Path) -> tuple[str, str]:
+    """The chapter's title without its number, and its one-sentence summary."""
+    lines = cells(script)[0].source.splitlines()
+    title = lines[0].lstrip("# ").partition(" · ")[2]
+    return title, " ".join(line[2:] for line in lines if line.startswith("> "))
+
+
+def blocks(root: Path = ROOT) -> dict[str, str]:
+    """The generated parts of README.md by name."""
+    numbers = results(root)
+    path = root / "results" / "chapters.json"
+    costs = json.loads(path.read_text()) if path.exists() else {}
+    table = [
+        "| chapter | what you build | the number it reaches | cold seconds | GB |",
+        "|---|---|---|---|---|",
+    ]
+    for script in scripts(root):
+        title, sentence = first_line(script)
+        reached = "; ".join(
+            f"{name}: {n['value']:g} {n['unit']}"
+            for name, n in numbers.items()
+            if n["chapter"] == script.stem
+        )
+        took = costs.get(script.stem, {})
+        table.append(
+            f"| [{script.stem[:2]} {title}](chapters/{script.stem}.ipynb) | {sentence} | {reached} "
+            f"| {took.get('seconds', '')} | {took.get('gigabytes', '')} |"
+        )
+    return {
+        "ledger": f"**{one_line(root)}** Every row, with what was predicted and what was measured: "
+        "[LEDGER.md](LEDGER.md).",
+        "chapters": "\n".join(table),
+    }
+
+
+def readme_text(root: Path = ROOT) -> str:
+    """README.md with its generated parts brought up to date."""
+    text = (root / "README.md").read_text()
+    for name, block in blocks(root).items():
+        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
+        if begin not in text or end not in text:
+            raise CourseError(f"README.md needs the lines `{begin.strip()}` and `{end.strip()}`")
+        before, _, rest = text.partition(begin)
+        text = before + begin + block + end + rest.partition(end)[2]
+    return text
+
+
+def wanted(root: Path = ROOT) -> dict[str, str]:
+    """Every generated file, as the notebooks say it should be."""
+    return {
+        "results/results.json": results_text(root),
+        "LEDGER.md": ledger_text(root),
+        "README.md": readme_text(root),
+    }
+
+
+def stale(root: Path = ROOT) -> list[str]:
+    """The generated files that are not what the notebooks say."""
+    return [
+        f"{name} is stale: run `make ledger`"
+        for name, text in wanted(root).items()
+        if not (root / name).exists() or (root / name).read_text() != text
+    ]
+
+
+def write_results(root: Path = ROOT) -> None:
+    (root / "results" / "results.json").write_text(results_text(root))
+
+
+def write(root: Path = ROOT) -> None:
+    for name, text in wanted(root).items():
+        (root / name).write_text(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only, fail on a difference")
+    try:
+        if parser.parse_args().check:
+            if faults := stale():
+                sys.exit("\n".join(faults))
+        else:
+            write()
+            print(one_line())
+    except CourseError as error:
+        sys.exit(str(error))

@@ -1,0 +1,95 @@
+"""Execute chapters: script → notebook, run top to bottom in a cold process, export, refresh the reports.
+
+`python tools/run.py` runs all chapters, `python tools/run.py 07` one. Seconds and peak memory go to
+results/chapters.json. `--quick` keeps the compile cache and records no cost, for work in progress.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import export
+import nbformat
+import report
+from course import ROOT, CourseError, select
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+COSTS = ROOT / "results" / "chapters.json"
+
+
+def pair(script: Path) -> Path:
+    """Bring the notebook's inputs up to the script's; outputs and cell ids of unchanged cells stay."""
+    command = ["-m", "jupytext", "--quiet", "--to", "ipynb", "--update", str(script)]
+    subprocess.run([sys.executable, *command], check=True)
+    return script.with_suffix(".ipynb")
+
+
+def execute(path: Path) -> None:
+    """Run a notebook in place, from a fresh kernel. Raises CellExecutionError on the first error."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=1800,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
+    notebook.metadata.pop("language_info", None)  # names the Python patch release: noise in diffs
+    nbformat.write(notebook, path)
+
+
+def cost(path: Path, quick: bool) -> dict[str, float]:
+    """Execute in a process of its own; its cold seconds and the peak memory of its largest process."""
+    with tempfile.TemporaryDirectory() as cold:
+        cache = {} if quick else {"JAX_COMPILATION_CACHE_DIR": cold}
+        start = time.monotonic()
+        command = [sys.executable, __file__, "--execute", str(path)]
+        done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise CourseError(f"{path.name} stopped with an error")
+    return {"seconds": round(time.monotonic() - start, 1), "gigabytes": float(done.stdout)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chapter", nargs="?", help="07 or 07_tokenizer; all if left out")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--execute", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.execute:
+        try:
+            execute(arguments.execute)
+        except CellExecutionError as error:
+            sys.exit(str(error))
+        # kilobytes on Linux, bytes on macOS
+        unit = 1e9 if sys.platform == "darwin" else 1e6
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        print(round(peak / unit, 2))
+        return
+    scripts = select(ROOT, arguments.chapter)
+    for script in scripts:
+        export.write()
+        measured = cost(pair(script), arguments.quick)
+        print(f"{script.stem:20s} {measured['seconds']:6.1f} s  {measured['gigabytes']:.2f} GB")
+        if not arguments.quick:
+            costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+            costs[script.stem] = measured
+            COSTS.write_text(json.dumps(dict(sorted(costs.items())), indent=1) + "\n")
+        report.write_results()
+    if not arguments.quick:
+        report.write()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CourseError as error:
+        sys.exit(str(error))
