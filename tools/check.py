@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import export
-import jupytext
 import nbformat
 import report
-from course import ROOT, CourseError, cells, scripts
+from course import ROOT, CourseError, cells, read_notebook, scripts
 from nbval.plugin import comment_markers, metadata_tags
 
 LONGEST_CELL = 40
@@ -21,7 +20,7 @@ LARGEST_NOTEBOOK = 1_000_000
 NBVAL_WORDS = {tag.lower().replace("_", "-") for tag in [*metadata_tags, *comment_markers]} | {
     "skip"
 }
-ALLOWED_WORDS = {"nbval-ignore-output", "nbval-check-output"}
+UNCOMPARED = "nbval-ignore-output"  # the one form of it that a chapter may use, as a tag
 
 
 def pairing(root: Path) -> list[str]:
@@ -37,9 +36,11 @@ def pairing(root: Path) -> list[str]:
             missing = script.name if notebook.exists() else notebook.name
             faults.append(f"chapters/{stem} is not paired: {missing} is missing, run `make run`")
         else:
-            wanted = [(c.cell_type, c.source.strip()) for c in jupytext.read(script).cells]
-            stored = nbformat.read(notebook, as_version=4).cells
-            found = [(c.cell_type, c.source.strip()) for c in stored]
+            wanted = [(c.kind, c.source.strip(), c.tags) for c in cells(script)]
+            stored = read_notebook(notebook).cells
+            found = [
+                (c.cell_type, c.source.strip(), tuple(c.metadata.get("tags", ()))) for c in stored
+            ]
             if wanted != found:
                 at = next(
                     (i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b),
@@ -53,10 +54,10 @@ def pairing(root: Path) -> list[str]:
 
 
 def nbval_words(cell: nbformat.NotebookNode) -> set[str]:
-    """The words for nbval that a cell holds, as tags or as comments, in one spelling."""
-    comments = re.findall(r"#\s*([A-Z_]{4,})", cell.source)
-    found = {w.lower().replace("_", "-") for w in [*cell.metadata.get("tags", []), *comments]}
-    return found & NBVAL_WORDS
+    """The words for nbval that a cell holds, as they are spelled there: tags, and comments of one word."""
+    comments = [line.strip("# \t") for line in cell.source.splitlines() if "#" in line]
+    found = {*cell.metadata.get("tags", []), *comments}
+    return {word for word in found if word.lower().replace("_", "-") in NBVAL_WORDS}
 
 
 def outputs(root: Path) -> list[str]:
@@ -66,7 +67,7 @@ def outputs(root: Path) -> list[str]:
         where = f"chapters/{notebook.name}"
         code = [
             (i, c)
-            for i, c in enumerate(nbformat.read(notebook, as_version=4).cells)
+            for i, c in enumerate(read_notebook(notebook).cells)
             if c.cell_type == "code" and c.source.strip()
         ]
         for expected, (i, cell) in enumerate(code, start=1):
@@ -85,9 +86,14 @@ def outputs(root: Path) -> list[str]:
                     faults.append(
                         f"{where}, cell {i}: stderr output, which varies: {output.text[:60]!r}"
                     )
-            for word in sorted(nbval_words(cell) - ALLOWED_WORDS):
+            for word in sorted(nbval_words(cell) - {UNCOMPARED}):
                 faults.append(f"{where}, cell {i}: skipped by {word}; every cell is compared")
-            uncompared += any("ignore-output" in word for word in nbval_words(cell))
+            if UNCOMPARED in cell.metadata.get("tags", []):
+                uncompared += 1
+                if re.search(r"ledger\.(claim|result)\(", cell.source):
+                    faults.append(
+                        f"{where}, cell {i}: a claim or result whose output is not compared"
+                    )
             if (lines := len(cell.source.splitlines())) > LONGEST_CELL:
                 faults.append(
                     f"{where}, cell {i}: {lines} lines; a cell has at most {LONGEST_CELL}"
@@ -102,12 +108,14 @@ def outputs(root: Path) -> list[str]:
 
 
 def reading_order(root: Path) -> list[str]:
-    """A chapter imports only from modules of lower-numbered chapters."""
+    """A chapter imports only from modules of lower-numbered chapters, also through the public face."""
     number = {script.stem[3:]: script.stem for script in scripts(root)} | {"ledger": "00_"}
+    public = export.collect(root)[1]
+    number |= {name: number[module] for name, module in public.items()}
     faults = []
     for script in scripts(root):
         for cell in cells(script):
-            for node in ast.walk(ast.parse(cell.source)) if cell.kind == "code" else []:
+            for node in ast.walk(cell.tree) if cell.kind == "code" else []:
                 if isinstance(node, ast.ImportFrom):
                     names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 elif isinstance(node, ast.Import):
@@ -120,6 +128,24 @@ def reading_order(root: Path) -> list[str]:
                         faults.append(
                             f"{cell.where}: imports {name} of {number[name]}, not an earlier one"
                         )
+    return faults
+
+
+def redefinitions(root: Path) -> list[str]:
+    """No cell defines anew what the chapter exports: the checks after it would not be of the module's code."""
+    faults = []
+    for script in scripts(root):
+        exported: set[str] = set()
+        for cell in cells(script):
+            names = export.defined(cell.tree) if cell.kind == "code" else []
+            if cell.words("export") is not None:
+                exported |= set(names)
+                continue
+            faults += [
+                f"{cell.where}: redefines {name}, which the chapter exports"
+                for name in names
+                if name in exported
+            ]
     return faults
 
 
@@ -144,7 +170,7 @@ def costs(root: Path) -> list[str]:
     return faults
 
 
-RULES = [pairing, outputs, reading_order, export.differences, ledger, costs]
+RULES = [pairing, outputs, reading_order, redefinitions, export.differences, ledger, costs]
 
 
 def faults(root: Path = ROOT) -> list[str]:
@@ -153,7 +179,7 @@ def faults(root: Path = ROOT) -> list[str]:
     for rule in RULES:
         try:
             found += rule(root)
-        except (CourseError, SyntaxError) as error:
+        except (CourseError, OSError) as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
 
@@ -162,5 +188,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", nargs="?", type=Path, default=ROOT)
     if found := faults(parser.parse_args().root):
-        sys.exit("\n".join(found) + f"\n{len(found)} faults")
+        sys.exit("\n".join(found) + f"\nfaults: {len(found)}")
     print("check: no faults")

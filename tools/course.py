@@ -1,13 +1,16 @@
 """What every tool needs to know: where the chapters are, and what the first line of a cell says."""
 
+import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jupytext
+import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKER = re.compile(r"^#\| *(export|claim)\b *(.*)$")
+MARKER = re.compile(r"^#\| *(export|workbook|claim)\b *(.*)$")
 
 
 class CourseError(Exception):
@@ -36,6 +39,14 @@ class Cell:
         return found[2].split() if found and found[1] == marker else None
 
     @property
+    def tree(self) -> ast.Module:
+        """The parsed source. Raises CourseError naming the cell if it is not Python."""
+        try:
+            return ast.parse(self.source)
+        except SyntaxError as error:
+            raise CourseError(f"{self.where}: not Python: {error}") from None
+
+    @property
     def where(self) -> str:
         return f"chapters/{self.chapter}.py, cell {self.index}"
 
@@ -59,8 +70,21 @@ def select(root: Path, chapter: str | None) -> list[Path]:
 
 def cells(script: Path) -> list[Cell]:
     """The cells of a percent script."""
-    notebook = jupytext.read(script)
-    return [
-        Cell(script.stem, i, c.cell_type, c.source, tuple(c.metadata.get("tags", ())))
+    return list(_parsed(script.stem, script.read_text()))
+
+
+@cache
+def _parsed(chapter: str, text: str) -> tuple[Cell, ...]:
+    notebook = jupytext.reads(text, "py:percent")
+    return tuple(
+        Cell(chapter, i, c.cell_type, c.source, tuple(c.metadata.get("tags", ())))
         for i, c in enumerate(notebook.cells)
-    ]
+    )
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """An executed notebook. Raises CourseError naming the file if it is damaged, say by a merge."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:
+        raise CourseError(f"chapters/{path.name} is not a notebook: {error}") from None

@@ -7,9 +7,11 @@ import argparse
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from course import ROOT, Cell, CourseError, cells, scripts
+from ruff.__main__ import find_ruff_bin
 
 WORDS = {"public", "workbook", "ledger"}
 
@@ -30,13 +32,15 @@ def defined(tree: ast.Module) -> list[str]:
             names.append(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            found = [n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            names += [n.id for n in found if isinstance(n.ctx, ast.Store)]
     return names
 
 
+@cache
 def ruff(*arguments: str, source: str) -> str:
     """What ruff makes of `source`, with the repository's settings."""
-    command = [sys.executable, "-m", "ruff", *arguments, "--stdin-filename", "module.py", "-"]
+    command = [find_ruff_bin(), *arguments, "--stdin-filename", "module.py", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise CourseError(f"ruff {arguments[0]} failed: {done.stderr}")
@@ -47,7 +51,7 @@ def module_source(chapter: str, doc: str, parts: list[Cell]) -> str:
     """The module: docstring, imports hoisted and merged, then the cells in order."""
     imports, bodies, owner = [], [], {}
     for cell in parts:
-        tree = ast.parse(cell.body)
+        tree = cell.tree
         kinds = {isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body}
         if kinds == {True}:
             imports += [ast.unparse(node) for node in tree.body]
@@ -92,8 +96,8 @@ def __dir__() -> list[str]:
 '''
 
 
-def package(root: Path = ROOT) -> dict[str, str]:
-    """Every file of the package by name, as the chapters say it should be."""
+def collect(root: Path = ROOT) -> tuple[dict[str, tuple[str, str, list[Cell]]], dict[str, str]]:
+    """The modules by name (chapter, docstring, cells), and the public names with their modules."""
     modules: dict[str, tuple[str, str, list[Cell]]] = {}
     public: dict[str, str] = {}
     for script in scripts(root):
@@ -115,13 +119,19 @@ def package(root: Path = ROOT) -> dict[str, str]:
                 raise CourseError(f"{cell.where}: module {name} belongs to chapters/{owner}.py")
             parts.append(cell)
             if "public" in words:
-                for found in defined(ast.parse(cell.body)):
+                for found in defined(cell.tree):
                     if found in public:
                         raise CourseError(
                             f"{cell.where}: {found} is public already in {public[found]}"
                         )
                     if not found.startswith("_"):
                         public[found] = name
+    return modules, public
+
+
+def package(root: Path = ROOT) -> dict[str, str]:
+    """Every file of the package by name, as the chapters say it should be."""
+    modules, public = collect(root)
     files = {f"{name}.py": module_source(*of) for name, of in modules.items()}
     return files | {"__init__.py": public_face(public)}
 

@@ -5,7 +5,7 @@ import sys
 
 from course import ROOT, CourseError, cells, scripts
 
-PAIR = re.compile(r"^\*\*Q:\*\* (.+?)\s*^\*\*A:\*\* (.+?)(?=^\*\*Q:|\Z)", re.M | re.S)
+PAIR = re.compile(r"^\*\*Q:\*\* (.+?)\s*^\*\*A:\*\* (.+?)(?=^\*\*Q:|^#|\Z)", re.M | re.S)
 
 
 def cards(root=ROOT) -> list[tuple[str, str, str]]:

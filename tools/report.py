@@ -7,12 +7,13 @@ import argparse
 import ast
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-import nbformat
-from course import ROOT, CourseError, cells, scripts
+from course import ROOT, CourseError, cells, read_notebook, scripts
+from export import defined
 
 VERDICTS = ["reproduced", "weaker", "absent", "simulated only", "derived", "paper inconsistent"]
 SECTIONS = {
@@ -37,7 +38,7 @@ SECTIONS = {
 def printed(notebook: Path) -> list[tuple[str, str]]:
     """Every line that the notebook's code cells printed, with the first line of the cell."""
     found = []
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in read_notebook(notebook).cells:
         for output in cell.get("outputs", []) if cell.cell_type == "code" else []:
             if output.output_type == "stream" and output.name == "stdout":
                 marker = cell.source.partition("\n")[0]
@@ -59,7 +60,7 @@ def claims(root: Path = ROOT) -> dict[str, dict]:
         lines = [
             (marker, parts)
             for marker, line in printed(notebook)
-            if len(parts := line.split(" | ")) == 8 and parts[0][0] in "LS"
+            if len(parts := line.split(" | ")) == 8 and re.fullmatch(r"[LS]\d{3}", parts[0])
         ]
         for marker, (name, *rest) in lines:
             if marker.split() != ["#|", "claim", name]:
@@ -71,12 +72,20 @@ def claims(root: Path = ROOT) -> dict[str, dict]:
                     f"{notebook.name}: {name} is claimed in {found[name]['chapter']} too"
                 )
             found[name] = dict(zip(fields, rest, strict=True)) | {"chapter": script.stem}
-        marked = {w[0] for c in cells(script) if (w := c.words("claim"))}
+            for field in ("predicted", "measured"):
+                found[name][field] = found[name][field].removeprefix(f"{field}: ")
+        marked = {" ".join(w) for c in cells(script) if (w := c.words("claim")) is not None}
         if silent := marked - {parts[0] for _, parts in lines}:
             raise CourseError(
                 f"{notebook.name}: {sorted(silent)} marked as claim, no verdict printed"
             )
     return found
+
+
+def qualified(tree: ast.Module) -> set[str]:
+    """The names a module defines, and what its classes do: "RMSNorm", "RMSNorm.__call__"."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {*defined(tree), *(f"{c.name}.{name}" for c in classes for name in defined(c))}
 
 
 def unknown_targets(found: dict[str, dict], root: Path = ROOT) -> list[str]:
@@ -91,10 +100,7 @@ def unknown_targets(found: dict[str, dict], root: Path = ROOT) -> list[str]:
             faults.append(f"{where} has the verdict {claim['verdict']!r}, not one of {VERDICTS}")
         module, _, function = claim["function"].partition(".")
         path = root / "llm_from_scratch" / f"{module}.py"
-        defines = path.exists() and {
-            n.name for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "name")
-        }
-        if not defines or function.rpartition(".")[2] not in defines:
+        if not path.exists() or function not in qualified(ast.parse(path.read_text())):
             faults.append(f"{where} names {claim['function']}, which is not in the package")
         file, _, test = claim["test"].partition("::")
         path = root / file
@@ -104,16 +110,25 @@ def unknown_targets(found: dict[str, dict], root: Path = ROOT) -> list[str]:
 
 
 def results(root: Path = ROOT) -> dict[str, dict]:
-    """The headline numbers by name: the lines that `ledger.result` printed."""
-    found = {}
+    """The headline numbers by name: the lines that `ledger.result` printed, with a note or without.
+
+    Raises CourseError for a name that is printed twice.
+    """
+    found: dict[str, dict] = {}
     for script in scripts(root):
         notebook = script.with_suffix(".ipynb")
         for _, line in printed(notebook) if notebook.exists() else []:
             parts = [part.strip() for part in line.split("|")]
-            if parts[0] == "result" and len(parts) == 5:
-                _, name, value, unit, note = parts
+            if parts[0] == "result" and len(parts) in (4, 5):
+                _, name, value, unit, note = (*parts, "")[:5]
+                if name in found:
+                    raise CourseError(
+                        f"{notebook.name}: the result {name!r} is printed in "
+                        f"{found[name]['chapter']} already"
+                    )
+                number = json.loads(value)  # a whole number stays one
                 found[name] = {
-                    "value": float(value),
+                    "value": number,
                     "unit": unit,
                     "note": note,
                     "chapter": script.stem,
@@ -199,7 +214,7 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
     for script in scripts(root):
         title, sentence = first_line(script)
         reached = "; ".join(
-            f"{name}: {n['value']:g} {n['unit']}"
+            f"{name}: {n['value']:{',' if isinstance(n['value'], int) else 'g'}} {n['unit']}"
             for name, n in numbers.items()
             if n["chapter"] == script.stem
         )
@@ -212,18 +227,37 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
         "ledger": f"**{one_line(root)}** Every row, with what was predicted and what was measured: "
         "[LEDGER.md](LEDGER.md).",
         "chapters": "\n".join(table),
+        "mini_llama": mini_llama(root),
     }
+
+
+def mini_llama(root: Path = ROOT) -> str:
+    """README's part on the model that `make train` made: numbers, curve and sample of the stored run."""
+    folder = root / "results" / "mini_llama"
+    if not folder.exists():
+        return ""
+    of = json.loads((folder / "summary.json").read_text())
+    sample = (folder / "samples.txt").read_text().split("\n--------\n")[0].strip()
+    return (
+        f"The stored run: {of['parameters']:,} parameters, {of['tokens']:,} tokens ({of['epochs']} epochs), "
+        f"**{of['validation_bits_per_byte']:.3f} bits per byte** on the validation plays, in "
+        f"{of['seconds'] / 60:.0f} minutes on a machine whose matrix products reach "
+        f"{of['matmul_gflops']} GFLOP/s.\n\n"
+        "![Training and validation loss of the stored run](results/mini_llama/curves.png)\n\n"
+        f"What it writes after the first line:\n\n```text\n{sample}\n```"
+    )
 
 
 def readme_text(root: Path = ROOT) -> str:
     """README.md with its generated parts brought up to date."""
     text = (root / "README.md").read_text()
     for name, block in blocks(root).items():
-        begin, end = f"<!-- begin {name} -->\n", f"\n<!-- end {name} -->"
-        if begin not in text or end not in text:
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
             raise CourseError(f"README.md needs the lines `{begin.strip()}` and `{end.strip()}`")
-        before, _, rest = text.partition(begin)
-        text = before + begin + block + end + rest.partition(end)[2]
+        text = f"{before}{begin}{block}\n{end}{after}"
     return text
 
 

@@ -18,6 +18,7 @@ import export
 import nbformat
 import report
 from course import ROOT, CourseError, select
+from jupytext.cli import jupytext
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -26,8 +27,7 @@ COSTS = ROOT / "results" / "chapters.json"
 
 def pair(script: Path) -> Path:
     """Bring the notebook's inputs up to the script's; outputs and cell ids of unchanged cells stay."""
-    command = ["-m", "jupytext", "--quiet", "--to", "ipynb", "--update", str(script)]
-    subprocess.run([sys.executable, *command], check=True)
+    jupytext(["--quiet", "--to", "ipynb", "--update", str(script)])
     return script.with_suffix(".ipynb")
 
 

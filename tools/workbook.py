@@ -18,8 +18,9 @@ BLANK = 'raise NotImplementedError("write {name}")'
 
 
 def is_workbook(source: str) -> bool:
+    """Whether the learner writes this cell: `#| export workbook`, or `#| workbook` if not exported."""
     found = MARKER.match(source.partition("\n")[0])
-    return bool(found) and found[1] == "export" and "workbook" in found[2].split()
+    return bool(found) and found[1] != "claim" and "workbook" in [found[1], *found[2].split()]
 
 
 def blank(source: str) -> str:
@@ -31,8 +32,11 @@ def blank(source: str) -> str:
     if not outer:
         raise CourseError(f"a workbook cell must define a function or class:\n{source[:80]}")
     for function in sorted(outer, key=lambda f: -f.lineno):
-        body = function.body[1:] if ast.get_docstring(function) else function.body
-        start = body[0].lineno - 1 if body else function.end_lineno
+        if ast.get_docstring(function):
+            start = function.body[0].end_lineno
+        else:
+            first = function.body[0]
+            start = min(n.lineno for n in [first, *getattr(first, "decorator_list", [])]) - 1
         indent = " " * function.body[0].col_offset
         lines[start : function.end_lineno] = [indent + BLANK.format(name=function.name)]
     return "\n".join(lines)
@@ -89,7 +93,8 @@ def main() -> None:
     parser.add_argument("chapter", nargs="?", help="07 or 07_tokenizer")
     arguments = parser.parse_args()
     if not arguments.chapter:
-        raise CourseError("name a chapter: make workbook CHAPTER=10")
+        command = {"write": "workbook", "grade": "grade"}[arguments.action]
+        raise CourseError(f"name a chapter: make {command} CHAPTER=10")
     (script,) = select(ROOT, arguments.chapter)
     path = ROOT / "workbooks" / f"{script.stem}.ipynb"
     if arguments.action == "write":

@@ -1,0 +1,52 @@
+"""Llama 3 from scratch in JAX: the finished code of the course's chapters.
+
+Written from the cells that say `#| export public` by `make export`.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "CONFIGS": "llama",
+    "COURSE_SPECIAL": "tokenizer",
+    "LLAMA3_PATTERN": "tokenizer",
+    "LLAMA3_SPECIAL": "tokenizer",
+    "LONG": "llama",
+    "LONG_TIED": "llama",
+    "Llama": "llama",
+    "NGram": "bigram",
+    "PackedBatches": "pretraining",
+    "Tokenizer": "tokenizer",
+    "TrainState": "training",
+    "bits_per_byte": "bigram",
+    "count_parameters": "training",
+    "count_params": "llama",
+    "find_learning_rate": "training",
+    "fit": "training",
+    "load": "pretraining",
+    "load_weights": "training",
+    "make_optimizer": "pretraining",
+    "model_bits_per_byte": "pretraining",
+    "next_token_loss": "pretraining",
+    "pack": "pretraining",
+    "plays": "datasets",
+    "published": "llama",
+    "sample": "pretraining",
+    "save": "pretraining",
+    "save_weights": "training",
+    "sliding_windows": "tokenizer",
+    "train": "pretraining",
+    "train_bpe": "tokenizer",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Import a public name from its module when it is first asked for."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,483 @@
+"""Packed documents, AdamW with warm-up and cosine decay, bits per byte measured fairly, and a run that may be stopped at any moment: here the mini Llama 3 is trained.
+
+Written from chapters/11_pretraining.py by `make export`: edit there.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from llm_from_scratch import datasets
+from llm_from_scratch.bigram import bits_per_byte
+from llm_from_scratch.llama import (
+    Llama,
+    LlamaConfig,
+    RopeScaling,
+    count_params,
+    cross_entropy,
+    init_cache,
+)
+from llm_from_scratch.tokenizer import COURSE_SPECIAL, Tokenizer, train_bpe
+from llm_from_scratch.training import fit, load_weights, save_weights, write_durably
+
+
+def pack(
+    documents: Sequence[Sequence[int]], bos: int, eos: int
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+    """Join documents into one stream, each between BOS and EOS; the second array numbers them.
+
+    Raises ValueError if there is no document.
+    """
+    if not documents:
+        raise ValueError("pack needs at least one document, got none")
+    wrapped = [np.array([bos, *document, eos], np.int32) for document in documents]
+    numbers = [np.full(len(ids), i, np.int32) for i, ids in enumerate(wrapped)]
+    return np.concatenate(wrapped), np.concatenate(numbers)
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Batches of a packed stream: batch number `cursor` is a pure function of cursor and seed.
+
+    Each epoch cuts the stream into windows of `context` tokens at a new random offset and visits
+    them in a new random order. A batch is a dict of int32 arrays (batch, context): tokens, targets
+    (the next tokens, −1 where the next token begins another document) and segments.
+    Raises ValueError if the stream is too short for one batch.
+    """
+
+    tokens: Int[np.ndarray, " N"]
+    segments: Int[np.ndarray, " N"]
+    batch: int
+    context: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{len(self.tokens)} tokens are too few for one batch of {self.batch} windows of "
+                f"{self.context} tokens, which takes {(self.batch + 1) * self.context}"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch; the rest of the stream, less than a batch, waits for another epoch."""
+        return (len(self.tokens) - self.context) // self.context // self.batch
+
+    def order(self, epoch: int) -> Int[np.ndarray, " windows"]:
+        """Where this epoch's windows start, in the order of visiting."""
+        random = np.random.default_rng([self.seed, epoch])
+        offset = random.integers(self.context)
+        windows = (len(self.tokens) - self.context) // self.context
+        return offset + self.context * random.permutation(windows)
+
+    def __call__(self, cursor: int) -> dict[str, Int[np.ndarray, "B T"]]:
+        epoch, number = divmod(cursor, self.per_epoch)
+        starts = self.order(epoch)[number * self.batch : (number + 1) * self.batch]
+        at = starts[:, None] + np.arange(self.context + 1)
+        tokens, segments = self.tokens[at], self.segments[at]
+        same = segments[:, 1:] == segments[:, :-1]
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": np.where(same, tokens[:, 1:], -1),
+            "segments": segments[:, :-1],
+        }
+
+
+def make_optimizer(
+    *,
+    steps: int,
+    peak: float,
+    warmup: int,
+    floor: float = 0.01,
+    weight_decay: float = 0.1,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    clip: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm, with linear warm-up and cosine decay to floor · peak.
+
+    Decay is decoupled: a step shrinks weights by rate · weight_decay. Norm gains are not decayed.
+    Source: paper §3.4.1 (AdamW, warm-up, cosine to 1 %) and §3.2.1 (0.1 times the rate); the paper
+    does not state the betas or the clipping, these are GPT-3's. Raises ValueError for warmup >= steps.
+    """
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup must be between 0 and steps, got warmup={warmup}, steps={steps}")
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps, floor * peak)
+    adamw = optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw)
+
+
+def decayed(params):
+    """Which parameters weight decay shrinks: the matrices, not the gains of norms."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def evaluation_windows(
+    ids: Sequence[int], context: int, stride: int
+) -> tuple[Int[np.ndarray, "W T"], Int[np.ndarray, "W T"]]:
+    """Cut one document into overlapping windows so that each id after the first is a target once.
+
+    Each window moves on by `stride`; its first context − stride tokens only give context (targets
+    −1), except in the first window. The last window is padded. Raises ValueError unless
+    1 <= stride <= context, and for a document without a target.
+    """
+    n = len(ids) - 1
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride must be in 1..context, got stride={stride}, context={context}")
+    if n < 1:
+        raise ValueError(f"a document needs BOS and at least one token, got {len(ids)} ids")
+    count = 1 + -(-max(0, n - context) // stride)
+    padded = np.full((count - 1) * stride + context + 1, -1, np.int32)
+    padded[: n + 1] = ids
+    windows = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::stride]
+    targets = windows[:, 1:].copy()
+    targets[1:, : context - stride] = -1
+    return np.maximum(windows[:, :-1], 0), targets
+
+
+@eqx.filter_jit
+def nats(model: Llama, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Sum of the targets' negative log-probabilities, in nats."""
+    return cross_entropy(model(tokens), targets) * (targets >= 0).sum().astype(jnp.float32)
+
+
+def model_bits_per_byte(
+    model: Llama,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    context: int,
+    stride: int | None = None,
+    batch: int = 16,
+) -> float:
+    """Bits per UTF-8 byte of texts, each a document of its own that begins with BOS.
+
+    Every token is predicted once, with at least context − stride tokens before it (or all there are);
+    stride is half the context if not given. The same bytes count whatever the tokenizer.
+    """
+    stride = stride or context // 2
+    documents = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    parts = [evaluation_windows(ids, context, stride) for ids in documents]
+    tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    padding = ((0, -len(tokens) % batch), (0, 0))
+    tokens = np.pad(tokens, padding).reshape(-1, batch, context)
+    targets = np.pad(targets, padding, constant_values=-1).reshape(-1, batch, context)
+    total = sum(float(nats(model, *pair)) for pair in zip(tokens, targets, strict=True))
+    return bits_per_byte(total, sum(len(text.encode()) for text in texts))
+
+
+def next_token_loss(
+    model: Llama, batch: dict[str, Int[Array, "B T"]], key: PRNGKeyArray | None = None
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Mean cross-entropy in nats over the batch's targets, and how many targets there are."""
+    logits = model(batch["tokens"], batch["segments"])
+    return cross_entropy(logits, batch["targets"]), (batch["targets"] >= 0).sum()
+
+
+@eqx.filter_jit
+def next_logits(model: Llama, tokens: Int[Array, " T"], cache):
+    """Feed tokens through the cache; the logits after the last one, and the new cache."""
+    h, cache = model.hidden(tokens, cache=cache)
+    return (h[-1] @ model.output_weight.T).astype(jnp.float32), cache
+
+
+def sample(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    max_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Let the model continue a prompt, token by token through a KV cache, up to EOS or max_tokens.
+
+    Temperature 0 takes the likeliest token. The same seed gives the same text. Raises ValueError if
+    BOS, prompt and max_tokens exceed the model's max_seq_len, and for a negative temperature.
+    """
+    ids = tokenizer.encode(prompt, bos=True)
+    if (total := len(ids) + max_tokens) > model.config.max_seq_len:
+        raise ValueError(
+            f"{len(ids)} prompt tokens + max_tokens={max_tokens} = {total}, but the model reads at "
+            f"most {model.config.max_seq_len}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    key, written = jax.random.key(seed), []
+    cache = init_cache(model.config, (), model.config.max_seq_len, model.embedding.dtype)
+    logits, cache = next_logits(model, jnp.array(ids, jnp.int32), cache)
+    for i in range(max_tokens):
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(jax.random.categorical(jax.random.fold_in(key, i), logits / temperature))
+        if token in tokenizer.stop_ids:
+            break
+        written.append(token)
+        logits, cache = next_logits(model, jnp.array([token], jnp.int32), cache)
+    return tokenizer.decode(written)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a training run depends on; two runs of one recipe give the same weights."""
+
+    model: LlamaConfig
+    batch: int
+    context: int
+    steps: int
+    peak: float
+    warmup: int
+    weight_decay: float = 0.1
+    accumulate: int = 1
+    seed: int = 0
+    eval_every: int = 100
+    checkpoint_every: int = 50
+
+
+def mini_llama(
+    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, context: int
+):
+    """A small Llama 3 with the course's vocabulary of 4,096 ids and one table for input and output."""
+    options = {"tie_embeddings": True, "max_seq_len": context}
+    head_dim = dim // n_heads
+    return LlamaConfig(4096, dim, n_layers, n_heads, n_kv_heads, hidden_dim, head_dim, **options)
+
+
+RECIPES = {
+    "short": Recipe(
+        mini_llama(256, 4, 8, 2, 704, 256),
+        batch=8,
+        context=256,
+        steps=1600,
+        peak=3e-3,
+        warmup=80,
+        eval_every=200,
+    ),
+    "smoke": Recipe(
+        mini_llama(32, 2, 4, 2, 96, 32), 4, 32, 30, 3e-3, 5, eval_every=0, checkpoint_every=4
+    ),
+}
+
+
+def course_tokenizer(vocab_size: int) -> Tokenizer:
+    """The BPE tokenizer of the training plays: 256 bytes, merges, 16 special tokens."""
+    texts = [play.text for play in datasets.plays("train")]
+    return Tokenizer(train_bpe(texts, vocab_size - len(COURSE_SPECIAL)), COURSE_SPECIAL)
+
+
+def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
+    """Write a model as a folder: config.json, model.safetensors, tokenizer.model, special_tokens.json."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(dataclasses.asdict(model.config), indent=1)
+    special = json.dumps(tokenizer.special, indent=1)
+    tokenizer.save(directory / "tokenizer.model")
+    write_durably(directory / "special_tokens.json", special.encode())
+    write_durably(directory / "config.json", config.encode())
+    save_weights(directory / "model.safetensors", model)
+
+
+def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
+    """The model and the tokenizer of a folder written by `save`, as `make train` leaves it.
+
+    Raises FileNotFoundError naming the missing file, ValueError for a file that does not fit.
+    """
+    directory = Path(directory)
+    for name in ("config.json", "special_tokens.json", "tokenizer.model", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing: this is no saved model")
+    config = read_config(directory / "config.json")
+    like = Llama(config, key=jax.random.key(0))
+    special = json.loads((directory / "special_tokens.json").read_text())
+    tokenizer = Tokenizer.load(directory / "tokenizer.model", special)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model has "
+            f"vocab_size={config.vocab_size}"
+        )
+    return load_weights(directory / "model.safetensors", like), tokenizer
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
+    try:
+        fields = json.loads(path.read_text())
+        scaling = fields.pop("rope_scaling")
+        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
+
+
+def train(
+    recipe: Recipe, directory: str | Path, *, progress: bool = False
+) -> tuple[Llama, Tokenizer, list[dict]]:
+    """Run a recipe on the training plays in a folder, or go on from the folder's last checkpoint.
+
+    Leaves a model that `load` reads, the checkpoints, and log.jsonl. Returns model, tokenizer, rows.
+    Raises ValueError if the folder holds a run of another recipe.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "tokenizer.model"
+    if not path.exists():
+        course_tokenizer(recipe.model.vocab_size).save(path)
+    tokenizer = Tokenizer.load(path, COURSE_SPECIAL)
+    documents = [tokenizer.encode(play.text) for play in datasets.plays("train")]
+    stream = pack(documents, tokenizer.bos_id, tokenizer.eos_id)
+    held_out = [play.text for play in datasets.plays("validation")]
+
+    def evaluate(model: Llama) -> dict[str, float]:
+        bits = model_bits_per_byte(model, tokenizer, held_out, context=recipe.context)
+        return {"validation_bits_per_byte": bits}
+
+    state, rows = fit(
+        Llama(recipe.model, key=jax.random.key(recipe.seed)),
+        next_token_loss,
+        PackedBatches(*stream, recipe.batch, recipe.context, recipe.seed),
+        make_optimizer(
+            steps=recipe.steps,
+            peak=recipe.peak,
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+        ),
+        steps=recipe.steps,
+        seed=recipe.seed,
+        accumulate=recipe.accumulate,
+        evaluate=evaluate,
+        eval_every=recipe.eval_every,
+        directory=directory,
+        checkpoint_every=recipe.checkpoint_every,
+        progress=progress,
+        config=dataclasses.asdict(recipe),
+    )
+    save(directory, state.model, tokenizer)
+    return state.model, tokenizer, rows
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: runs/ of the repository, or of the cache folder if this is not one."""
+    repository = Path(__file__).resolve().parent.parent
+    home = repository if (repository / "pyproject.toml").exists() else datasets.root()
+    return home / "runs"
+
+
+def matmul_peak(size: int = 2048, repeats: int = 8) -> float:
+    """The best of a few fp32 matrix products of this size, in GFLOP/s: this machine's yardstick."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    best = np.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> None:
+    """Training and validation loss of a log in bits per byte, as a picture. Needs matplotlib.
+
+    `bits_per_nat` turns a mean loss in nats per token into bits per byte of the training text.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5))
+    held_out = [row for row in rows if "validation_bits_per_byte" in row]
+    axes.plot(
+        [row["tokens"] / 1e6 for row in rows],
+        [row["loss"] * bits_per_nat for row in rows],
+        color="tab:blue",
+        alpha=0.5,
+        label="training batches",
+    )
+    axes.plot(
+        [row["tokens"] / 1e6 for row in held_out],
+        [row["validation_bits_per_byte"] for row in held_out],
+        "o-",
+        color="tab:orange",
+        label="validation plays",
+    )
+    axes.set(xlabel="million tokens seen", ylabel="bits per byte", ylim=(1.2, 4))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PROMPTS = ("ROMEO\n", "ACT I\n\nSCENE I.", "[Enter HAMLET and the Ghost]\n\nHAMLET\n")
+
+
+def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -> None:
+    """Write summary.json, samples.txt and curves.png of a finished run, and print the first two."""
+    model, tokenizer = load(directory)
+    texts = [play.text for play in datasets.plays("train")]
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    bits_per_nat = tokens / sum(len(text.encode()) for text in texts) / float(np.log(2))
+    last = rows[-1]
+    summary = {
+        "parameters": count_params(recipe.model),
+        "tokens": last["tokens"],
+        "epochs": round(last["tokens"] / tokens, 2),
+        "validation_bits_per_byte": round(last["validation_bits_per_byte"], 4),
+        "bits_per_nat": round(bits_per_nat, 5),
+        "seconds": round(last["seconds"]),
+        "matmul_gflops": round(peak),
+        "recipe": dataclasses.asdict(recipe),
+    }
+    length = min(200, recipe.context - 32)
+    samples = [
+        prompt + sample(model, tokenizer, prompt, max_tokens=length, seed=seed)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    text = "\n\n--------\n\n".join(samples) + "\n"
+    write_durably(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_durably(directory / "samples.txt", text.encode())
+    print(f"\n{text}\n--------")
+    for name, value in list(summary.items())[:-1]:
+        print(f"{name}: {value}")
+    try:
+        draw_curves(rows, bits_per_nat, directory / "curves.png")
+    except ModuleNotFoundError:
+        print("no curves.png: pip install matplotlib for the picture")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command behind `make train` and `make sample`."""
+    parser = argparse.ArgumentParser(description="Train a mini Llama 3 on Shakespeare's plays.")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="short")
+    parser.add_argument("--directory", type=Path, help="default: runs/RECIPE")
+    parser.add_argument("--sample", metavar="PROMPT", help="only let the trained model write")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    chosen = parser.parse_args(arguments)
+    recipe = RECIPES[chosen.recipe]
+    directory = chosen.directory or runs_folder() / chosen.recipe
+    try:
+        if chosen.sample is not None:
+            model, tokenizer = load(directory)
+            room = recipe.context - len(tokenizer.encode(chosen.sample, bos=True))
+            print(
+                chosen.sample
+                + sample(model, tokenizer, chosen.sample, max_tokens=room, seed=chosen.seed)
+            )
+            return
+        print(f"{count_params(recipe.model):,} parameters; everything goes to {directory}")
+        peak = matmul_peak()
+        _, _, rows = train(recipe, directory, progress=True)
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from here\n")
+    report(directory, recipe, peak, rows)
