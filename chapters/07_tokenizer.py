@@ -17,7 +17,7 @@
 #
 # > Text to integers and back: byte-level BPE trained in pure Python, encoded by tiktoken, in the file format of Llama 3.
 #
-# *Reading time 30 min · runs in about 30 s · difficulty ●●○ · needs 00*
+# *Reading time 70 min · runs in about 40 s · difficulty ●●○ · needs 00, 03*
 
 # %%
 #| export
@@ -59,8 +59,8 @@ print(
 # %% [markdown]
 # ## Two bad answers
 #
-# A language model reads and writes integers. Somebody has to decide which piece of text each integer stands for. There are two
-# obvious answers, and it is worth seeing both of them fail.
+# A language model reads and writes integers. Somebody has to decide which piece of text each integer stands for. Chapter 01 decided for bytes and
+# passed on. There are two obvious answers, and it is worth seeing both of them fail.
 #
 # **One integer per word.** The sequence is short, but the table has no end. Predict: we put every word of the 34 training plays into the
 # table. How many of the running words of two unseen plays are missing from it? Our guess is one in fifty, because a playwright's vocabulary
@@ -77,19 +77,24 @@ print(
     "of the words in the held-out plays",
 )
 absent = Counter(word for play in words for word in play if word not in known)
-names = sum(n for word, n in absent.items() if word[0].isupper()) / absent.total()
+speakers = {speech.speaker.lower() for play in plays("validation") for speech in play.speeches}
+names = set(itertools.chain.from_iterable(regex.findall(r"\p{L}+", name) for name in speakers))
+lower = {word.lower() for word in known}
+in_names = sum(n for word, n in absent.items() if word.lower() in names) / absent.total()
+in_capitals = sum(n for word, n in absent.items() if word.lower() in lower) / absent.total()
 print(
-    f"begin with a capital: {names:.0%}; the others:", *sorted(w for w in absent if w.islower())[:6]
+    f"of these, in a speaker's name: {in_names:.0%}; known with other capitals: {in_capitals:.0%}"
 )
-assert min(missing) > 0.02
+print("new words:", *sorted(w for w in absent if w.islower())[:6])
+assert min(missing) > 0.02 and in_names > 0.5
 
 # %% [markdown]
-# The guess was too hopeful. Names are much of it: each play has its own cast, and prints the speaker's name above every speech. And a reader of the whole
+# The guess was too hopeful. Names are most of it: each play has its own cast, and prints the speaker's name above every speech. (The two shares overlap.) And a reader of the whole
 # internet meets new names, numbers, misspellings and languages for ever. A word that is not in the table has no integer at all.
 #
 # **One integer per byte.** Any text whatsoever is a sequence of bytes: UTF-8 writes each of the characters of Unicode as 1 to 4 bytes.
 # So 256 integers are enough, nothing is ever missing, and decoding is exact. The price is length: a model with a context of 512 positions sees 512
-# letters, and it pays a full forward pass for each of them.
+# letters, and it pays for each of them with a step of its own.
 
 # %%
 print(list(LINE.encode())[:12], "…", len(LINE.encode()), "bytes for", len(LINE), "characters")
@@ -99,14 +104,15 @@ for character in "eé語😀":
 # %% [markdown]
 # Byte-level **byte-pair encoding** (BPE) takes the good half of each answer. It starts from the 256 bytes, so nothing can be missing, and then gives an
 # integer of its own to each sequence of bytes that occurs often, so common words cost one integer. The pieces of text behind the integers are called
-# *tokens*, the integers *ids*, the table from token to id *ranks*. This chapter trains such a table, encodes with it in two ways, reads the table of Llama 3, and shows where
+# *tokens*, the integers *ids*, the table from token to id *ranks*, because the id is also the place of the token in the order of learning. This chapter trains such a table, encodes with it in two ways, reads the table of Llama 3, and shows where
 # all of this goes wrong.
 #
 # ## Where a token may not reach
 #
 # If tokens could be any frequent sequence, then "of the" would become one, and "dog." with the full stop, and "dog," again with the comma: many
 # entries for one word. So the text is first cut into pieces, and no token reaches over a cut. GPT-2 introduced this; Llama 3 uses the
-# regular expression below, which is the one of Meta's released `tokenizer.py`. Its seven branches are tried in this order:
+# regular expression below, which is the one of Meta's released `tokenizer.py`. In it `\p{L}` is a letter of any script, `\p{N}` a digit or other numeral, `\s` white space and `\S`
+# anything else; `(?!\S)` means: nothing but white space or the end may follow. The seven branches are tried in this order:
 #
 # | branch | takes | example |
 # |---|---|---|
@@ -114,12 +120,14 @@ for character in "eé語😀":
 # | `[^\r\n\p{L}\p{N}]?\p{L}+` | letters, with at most one other character before | ` be`, `(a` |
 # | `\p{N}{1,3}` | one to three digits | `1599` → `159`, `9` |
 # | ` ?[^\s\p{L}\p{N}]+[\r\n]*` | punctuation, with a space before and line ends after | `:`, ` --`, `.\n\n` |
-# | `\s*[\r\n]+` | white space up to the last line end of a run | |
-# | `\s+(?!\S)` | white space, but not the last one before a word | |
-# | `\s+` | white space that is left | |
+# | `\s*[\r\n]+` | white space up to the last line end of a run | `be \n\n` → ` be`, ` \n\n` |
+# | `\s+(?!\S)` | white space, but not the last one before a word | three spaces and `Enter` → two spaces, ` Enter` |
+# | `\s+` | white space that is left | `pay 1599` → `pay`, ` `, `159`, `9` |
 #
 # So the space before a word belongs to the word: ` be` is a piece, `be ` never is.
-# The special tokens are those of the release too, 256 of them; our own vocabulary takes the first 16, so that they have the same meaning here and there.
+#
+# Next to the tokens that stand for text there are *special tokens*: ids for events that are no text, such as the beginning of a document or the end of a speaker's turn. They too are
+# those of the release, 256 of them; our own vocabulary takes the first 16, so that they have the same meaning here and there.
 
 # %%
 #| export public
@@ -158,7 +166,7 @@ for text in (LINE, "I'll pay 1599 ducats.\n\n  Enter HAMLET"):
 
 # %% [markdown]
 # One practical matter belongs here. Regular-expression engines keep a stack for backtracking, and a run of a million spaces overflows it:
-# tiktoken then panics. Meta's code cuts every run of more than 25,000 spaces, or of more than 25,000 non-spaces, before matching. We cut at the same places. A text
+# tiktoken, OpenAI's fast encoder, which we shall use, then panics. Meta's code cuts every run of more than 25,000 characters of white space, or of more than 25,000 others, before matching. We cut at the same places. A text
 # without such runs is not cut, so its ids are untouched; a text with them may get other ids at the cut, as it does from Meta's code.
 
 # %%
@@ -168,7 +176,7 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{LONGEST_RUN + 1},}}|(?<!\S)\S{{{LONGEST_RU
 
 
 def cut_runs(text: str) -> Iterator[str]:
-    """Cut `text` so that no part has more than 25,000 spaces, or non-spaces, in a row.
+    """Cut `text` so that no part has more than 25,000 characters of white space, or others, in a row.
 
     The cuts are where Meta's tokenizer.py makes them; a text without such runs comes back whole.
     """
@@ -181,9 +189,12 @@ def cut_runs(text: str) -> Iterator[str]:
 
 
 def split(text: str, pattern: str = LLAMA3_PATTERN) -> list[str]:
-    """The pieces of a text inside which merges happen; joined, they are the text again."""
+    """The pieces of a text inside which merges happen; joined, they are the text again.
+
+    So it is for LLAMA3_PATTERN. Characters that another `pattern` does not match are left out.
+    """
     compiled = regex.compile(pattern)
-    return [piece for part in cut_runs(text) for piece in compiled.findall(part)]
+    return [match.group() for part in cut_runs(text) for match in compiled.finditer(part)]
 
 
 # %%
@@ -302,12 +313,14 @@ assert all(encode_piece(token, toy_ranks) == [rank] for token, rank in toy_ranks
 #
 # ## The fast trainer
 #
-# Now the cost. Each of 3,824 merges would walk over all different pieces again, though it changes only the few that contain its pair. The
+# Now the cost. Our vocabulary will have 4,096 ids, which leaves 3,824 merges besides 256 bytes and 16 special tokens. Each of them would walk over all different pieces again, though it changes only the few that contain its pair. The
 # fast trainer keeps three things up to date instead:
 #
-# - `totals`: the count of each pair. After a merge only the pairs in changed words differ, by a known amount.
+# - `totals`: the count of each pair. After a merge only the pairs in changed words differ, by a known amount, which is collected in `change`.
 # - `where`: for each pair, the words it occurs in (an inverted index; it may list a word too many, which costs a look and nothing else).
-# - `heap`: pairs by count. A changed pair is pushed again with its new count; an entry whose count is no longer true is dropped when it comes to the top.
+# - `heap`: pairs by count, in a list that `heapq` keeps so ordered that the smallest entry is always the first; so the counts are stored as negative numbers. A changed pair is pushed again with its new count; an entry whose count is no longer true is dropped when it comes to the top.
+#
+# Two lines serve a table that is extended later. Pairs in `forbidden` are never joined. And if the joined bytes are a token already, the pair becomes that token and no new one is made; a table that grew from bytes alone never comes to that.
 
 
 # %%
@@ -325,6 +338,7 @@ def learn_merges(
     pairs in `forbidden` never are. Stops early if no pair is left.
     """
     words, tokens = list(words), list(tokens)
+    ids = {token: id for id, token in enumerate(tokens)}
     totals, change, where, heap = Counter(), Counter(), defaultdict(set), []
     for i, word in enumerate(words):
         for pair in neighbours(word):
@@ -340,20 +354,21 @@ def learn_merges(
         if not heap:
             break
         best, change = heapq.heappop(heap)[1], Counter()
+        new = ids.setdefault(tokens[best[0]] + tokens[best[1]], len(tokens))
         for i in where.pop(best):
-            old, words[i] = words[i], merge(words[i], best, len(tokens))
+            old, words[i] = words[i], merge(words[i], best, new)
             for pair in neighbours(old):
                 change[pair] -= counts[i]
             for pair in neighbours(words[i]):
                 change[pair] += counts[i]
                 where[pair].add(i)
-        tokens.append(tokens[best[0]] + tokens[best[1]])
+        tokens = list(ids)  # one longer, unless the joined bytes were a token already
     return tokens
 
 
 # %% [markdown]
-# What is left is book-keeping: count the pieces of the texts, and say where the training starts. It may start from a table that exists already (`base`), which we shall need for
-# a second language.
+# What is left is book-keeping: count the pieces of the texts, and say where the training starts. It may start from a table that exists already (`base`), and spare the ids of certain texts (`protect`): we shall need
+# both for a second language.
 
 
 # %%
@@ -407,9 +422,11 @@ def train_bpe(
 ) -> dict[bytes, int]:
     """Train byte-level BPE: token → rank, the 256 bytes first (rank = byte), then the merges.
 
+    `vocab_size` counts the ordinary tokens, bytes and merges; special tokens come on top of it.
     Each merge joins the most frequent pair of neighbours; of equals, the pair with the lowest ids.
     `base`: go on from these ranks. `protect`: make no merge that changes the ids of these texts.
-    Fewer tokens come back if no pair is left. Sennrich et al. 2016, Algorithm 1, on bytes.
+    Fewer tokens come back if no pair is left. Raises TypeError if `texts` is one string, ValueError
+    if `base` is no full table or too large. Sennrich et al. 2016, Algorithm 1, on bytes.
     """
     ranks = starting_tokens(base, vocab_size)
     guarded = (encode_piece(piece, ranks) for piece in count_pieces(protect, pattern))
@@ -422,7 +439,7 @@ def train_bpe(
 
 
 # %% [markdown]
-# Naive before fast, and both must agree. On Hamlet, 100 merges; we also count how many words each trainer would walk over.
+# Naive before fast, and both must agree. On Hamlet, 100 merges. We also estimate how many words the fast one walks over: for each merge, those that contain the new token.
 
 # %%
 pieces = count_pieces([play.text for play in plays("train") if play.slug == "hamlet"])
@@ -431,11 +448,11 @@ slow = learn_merges_naive(words, counts, single_bytes, 256 + 100)
 assert learn_merges(words, counts, single_bytes, 256 + 100) == slow
 touched = sum(sum(token in piece for piece in pieces) for token in slow[256:])
 print(f"{len(pieces):,} different pieces in Hamlet")
-print(f"words looked at in 100 merges: naive {100 * len(pieces):,}, fast about {touched:,}")
-print(f"that is {100 * len(pieces) / touched:.0f} times fewer, the same merges")
+print(f"words looked at in 100 merges: naive {100 * len(pieces):,}, fast {touched:,} (estimated)")
+print(f"about {100 * len(pieces) / touched:.0f} times fewer, the same merges")
 
 # %% [markdown]
-# Now the real thing: 34 plays, 256 bytes and 3,824 merges. Together with 16 special tokens that makes 4,096 ids. This runs live, in pure Python, in a few seconds.
+# Now the real thing: 34 plays, 3,824 merges. This runs live, in pure Python, in a few seconds.
 
 # %%
 ranks = train_bpe(train, 256 + 3824)
@@ -464,19 +481,25 @@ def encode_plain(text: str, ranks: Mapping[bytes, int], pattern: str = LLAMA3_PA
     return [id for piece in split(text, pattern) for id in known(piece)]
 
 
+# %%
+print(encode_plain(LINE, ranks))
+assert b"".join(tokens[i] for i in encode_plain(LINE, ranks)) == LINE.encode()
+
 # %% [markdown]
 # `encode_piece` looks at every neighbour for every merge. That is fine for words, and slow in Python for millions of them. tiktoken does the same in
-# Rust; it takes the ranks and the pattern as data, so we give it ours. The class below is the public face of this chapter. It has two
-# halves: `Vocabulary` knows what each id stands for, which is all that decoding needs, and `Tokenizer` adds the pattern and the encoder.
+# Rust; it takes the ranks and the pattern as data, so we give it ours. What it does not do for us comes first: special tokens, and checks, because a tokenizer meets every
+# kind of bad input. Each check says what was wrong and what would be right.
 #
-# Around them stand the checks, because a tokenizer meets every kind of bad input. Each check says what was wrong and what would be right.
+# Special tokens are ids that no text can spell. `<|eot_id|>` ends a turn of a conversation. If typing these ten characters gave that id, users could end their turn and begin one in the
+# system's name. So text is text, whatever it says, unless the caller allows a special token by name.
 
 
 # %%
 #| export
-def special_ids(
-    special_tokens: Sequence[str] | Mapping[str, int], ranks: Mapping[bytes, int]
-) -> dict[str, int]:
+SpecialTokens = Sequence[str] | Mapping[str, int]
+
+
+def special_ids(special_tokens: SpecialTokens, ranks: Mapping[bytes, int]) -> dict[str, int]:
     """Names of special tokens with their ids: as given, or counted on from the number of ranks.
 
     Raises ValueError if a name is empty or twice, if an id is taken, or if the ids have a gap.
@@ -499,7 +522,37 @@ def special_ids(
 
 
 # %% [markdown]
-# Text and ids are checked on their way in.
+# `split_special` cuts out the allowed ones before anything else happens.
+
+
+# %%
+#| export
+def split_special(
+    text: str, special: Mapping[str, int], allowed: Collection[str] | Literal["all"]
+) -> list[str]:
+    """Cut a text at the special tokens that are allowed: text, name, text, name, …, text.
+
+    Where one name begins another, the longer one is taken. Raises ValueError for an unknown name.
+    """
+    if isinstance(allowed, str) and allowed != "all":
+        raise TypeError(f"allowed_special must be 'all' or several names, not {allowed!r}")
+    names = special.keys() if allowed == "all" else set(allowed)
+    if unknown := names - special.keys():
+        raise ValueError(f"no special token {min(unknown)!r}; there are {', '.join(special)[:200]}")
+    if not names:
+        return [text]
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+
+
+# %%
+special = special_ids(COURSE_SPECIAL, ranks)
+print("<|eot_id|> has the id", special["<|eot_id|>"])
+for allowed in ((), {"<|eot_id|>"}):
+    print(split_special("Good my lord<|eot_id|>Enter", special, allowed))
+
+# %% [markdown]
+# Text and ids are checked on their way in. Python strings can hold what no text should: UTF-16 writes characters beyond U+FFFF as two *surrogates*, and one of them alone, left over by a wrong decoding, stands for nothing and has no UTF-8 form.
 
 
 # %%
@@ -531,29 +584,15 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     return array.tolist()
 
 
-# %% [markdown]
-# Special tokens are ids that no text can spell. `<|eot_id|>` ends a turn of a conversation; if a user who types these ten characters got that id, he could end his turn and
-# begin one of the system's. So text is text, whatever it says, unless the caller allows a special token by name. `split_special` cuts out the allowed ones before anything else happens.
-
-
 # %%
-#| export
-def split_special(
-    text: str, special: Mapping[str, int], allowed: Collection[str] | Literal["all"]
-) -> list[str]:
-    """Cut a text at the special tokens that are allowed: text, name, text, name, …, text.
+print(checked_text("Fie! 😀"), checked_ids(np.array([5, 6], np.uint8), vocab_size=7))
+try:
+    checked_ids([5, 7], vocab_size=7)
+except ValueError as error:
+    print(error)
 
-    Where one name begins another, the longer one is taken. Raises ValueError for an unknown name.
-    """
-    if isinstance(allowed, str) and allowed != "all":
-        raise TypeError(f"allowed_special must be 'all' or several names, not {allowed!r}")
-    names = special.keys() if allowed == "all" else set(allowed)
-    if unknown := names - special.keys():
-        raise ValueError(f"no special token {min(unknown)!r}; there are {', '.join(special)[:200]}")
-    if not names:
-        return [text]
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+# %% [markdown]
+# Now the public face of this chapter, in two halves: `Vocabulary` knows what each id stands for, which is all that decoding needs, and `Tokenizer` adds the pattern and the encoder. (Reading and writing files, `read_ranks` and `write_ranks`, follow below.)
 
 
 # %%
@@ -562,12 +601,16 @@ class Vocabulary:
     """The table of a tokenizer: what bytes each id stands for, and which ids are special.
 
     `ranks`: ordinary token → id. `special_tokens`: names, which get the next ids, or name → id.
+    `bos`, `eos`, `stop`: the special tokens that begin a text, end it, and end a generation; they
+    become `bos_id` and `eos_id`, None if there is no such token, and `stop_ids`. Other attributes:
+    `ranks`, `special` (name → id), `vocab_size` (both together). Raises ValueError if a single byte
+    has no token, or if names or ids clash or leave a gap.
     """
 
     def __init__(
         self,
         ranks: Mapping[bytes, int],
-        special_tokens: Sequence[str] | Mapping[str, int] = COURSE_SPECIAL,
+        special_tokens: SpecialTokens = COURSE_SPECIAL,
         *,
         bos: str = "<|begin_of_text|>",
         eos: str = "<|end_of_text|>",
@@ -586,7 +629,7 @@ class Vocabulary:
         return b"".join([self._bytes[id] for id in checked_ids(ids, self.vocab_size)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """The text; bytes that are not valid UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def save(self, path: str | Path) -> None:
@@ -594,10 +637,98 @@ class Vocabulary:
         write_ranks(path, self.ranks)
 
 
+# %%
+#| export public
+class Tokenizer(Vocabulary):
+    """Text to ids and back by tiktoken, with ranks of our own or Meta's.
+
+    `names` (bos, eos, stop), attributes and errors as for `Vocabulary`. Characters that a `pattern`
+    of your own does not match are left out of the ids; LLAMA3_PATTERN matches all.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special_tokens: SpecialTokens = COURSE_SPECIAL,
+        pattern: str = LLAMA3_PATTERN,
+        **names: str | Collection[str],
+    ):
+        super().__init__(ranks, special_tokens, **names)
+        self.pattern = pattern
+        self._core = tiktoken.Encoding(
+            "course", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
+        )
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: Collection[str] | Literal["all"] = (),
+    ) -> list[int]:
+        """The ids of a text; `bos`, `eos`: with the id that begins, or ends, every text.
+
+        The name of a special token is plain text unless it is in `allowed_special` (names or "all").
+        Raises TypeError for bytes or a single name, ValueError for a lone surrogate, an unknown
+        name, or a bos or eos that this tokenizer does not have.
+        """
+        if (bos and self.bos_id is None) or (eos and self.eos_id is None):
+            raise ValueError(f"no {'bos' if bos and self.bos_id is None else 'eos'} token")
+        ids = [self.bos_id] if bos else []
+        parts = split_special(checked_text(text), self.special, allowed_special)
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.special[part])
+            else:
+                for run in cut_runs(part):
+                    ids += self._core.encode_ordinary(run)
+        return ids + [self.eos_id] if eos else ids
+
+    def encode_batch(self, texts: Iterable[str], **options) -> list[list[int]]:
+        """`encode` for each text, on several threads; `options` as for `encode`.
+
+        Raises TypeError for a single string.
+        """
+        if isinstance(texts, str | bytes):
+            raise TypeError("texts must be several strings, such as [text], not one string")
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda text: self.encode(text, **options), texts))
+
+    @classmethod
+    def load(cls, path: str | Path, special_tokens: SpecialTokens, **options) -> Self:
+        """Read a `tokenizer.model`; `options` as for the class. Raises as `read_ranks` does.
+
+        The file does not name its special tokens: say LLAMA3_SPECIAL for Meta's, COURSE_SPECIAL here.
+        """
+        return cls(read_ranks(path), special_tokens, **options)
+
+
+# %% [markdown]
+# Our tokenizer, on the running line. The first id is the one that begins every text.
+
+# %%
+tokenizer = Tokenizer(ranks, COURSE_SPECIAL)
+ids = tokenizer.encode(LINE, bos=True)
+print(ids)
+print([tokenizer.decode([i]) for i in ids])
+assert ids == [tokenizer.bos_id, *encode_plain(LINE, ranks)]
+assert tokenizer.vocab_size == 4096 and tokenizer.decode(ids[1:]) == LINE
+
+# %% [markdown]
+# Two encoders with one definition must agree on more than one line. Here they meet on the held-out plays. The tests of this chapter let them meet on all 38 plays and on 10,000 random strings of
+# all scripts, together with a third program, the `tokenizers` library of Hugging Face.
+
+# %%
+for text in validation:
+    assert tokenizer.encode(text) == encode_plain(text, ranks)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+print(f"{sum(map(len, validation)):,} characters: the same ids, the same text")
+
 # %% [markdown]
 # The file format is the one of Meta's release, `tokenizer.model`: one line per token, its bytes in base64, a space, its rank. The merges are not in it:
 # the pair behind a token is found again by encoding the token with lower ranks only (`merges` does it, for libraries that ask for pairs).
-# Nor are the pattern and the special tokens. A damaged file should be refused with its line number, never half read.
+# Nor are the pattern and the special tokens, so `load` has to be told. A damaged file should be refused with its line number, never half read.
 
 
 # %%
@@ -650,7 +781,10 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 # %%
 #| export
 def write_ranks(path: str | Path, ranks: Mapping[bytes, int]) -> None:
-    """Write ranks 0, 1, 2, … as a `tokenizer.model`; the file appears whole or not at all."""
+    """Write ranks 0, 1, 2, … as a `tokenizer.model`; the file appears whole or not at all.
+
+    Raises ValueError if the ranks have a gap.
+    """
     tokens = sorted(ranks, key=ranks.__getitem__)
     if [ranks[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"a tokenizer.model holds the ranks 0 … {len(tokens) - 1} without a gap")
@@ -677,63 +811,24 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 # %%
-#| export public
-class Tokenizer(Vocabulary):
-    """Text to ids and back by tiktoken, with ranks of our own or Meta's; `names` as in `Vocabulary`."""
-
-    def __init__(self, ranks, special_tokens=COURSE_SPECIAL, pattern=LLAMA3_PATTERN, **names):
-        super().__init__(ranks, special_tokens, **names)
-        self.pattern = pattern
-        self._core = tiktoken.Encoding(
-            "course", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
-        )
-
-    def encode(self, text, *, bos=False, eos=False, allowed_special=()) -> list[int]:
-        """The ids of a text. The name of a special token is plain text unless `allowed_special`.
-
-        Raises ValueError for a lone surrogate, an unknown special token, or a `bos` there is not.
-        """
-        if (bos and self.bos_id is None) or (eos and self.eos_id is None):
-            raise ValueError(f"no {'bos' if bos and self.bos_id is None else 'eos'} token")
-        ids = [self.bos_id] if bos else []
-        parts = split_special(checked_text(text), self.special, allowed_special)
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self.special[part])
-            else:
-                for run in cut_runs(part):
-                    ids += self._core.encode_ordinary(run)
-        return ids + [self.eos_id] if eos else ids
-
-    def encode_batch(self, texts: Iterable[str], **options) -> list[list[int]]:
-        """`encode` for each text, on several threads; `options` as for `encode`."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda text: self.encode(text, **options), texts))
-
-    @classmethod
-    def load(cls, path: str | Path, special_tokens=LLAMA3_SPECIAL, **options) -> Self:
-        """Read a `tokenizer.model`. The default special tokens are those of Meta's own file."""
-        return cls(read_ranks(path), special_tokens, **options)
-
-
-# %%
-tokenizer = Tokenizer(ranks, COURSE_SPECIAL)
-ids = tokenizer.encode(LINE, bos=True)
-print(ids)
-print([tokenizer.decode([i]) for i in ids])
-assert ids == [tokenizer.bos_id, *encode_plain(LINE, ranks)]
-assert tokenizer.vocab_size == 4096 and tokenizer.decode(ids[1:]) == LINE
-
-# %% [markdown]
-# Two encoders with one definition must agree on more than one line. Here they meet on the held-out plays. The tests of this chapter let them meet on all 38 plays and on 10,000 random strings of
-# all scripts, together with a third program, the `tokenizers` library of Hugging Face.
-
-# %%
-for text in validation:
-    assert tokenizer.encode(text) == encode_plain(text, ranks)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
 pairs = merges(ranks)
 print(f"{len(pairs):,} merges found again from the ranks; the last is {pairs[-1]}")
+
+# %% [markdown]
+# A good file gives the table back. A damaged one is refused: line 100, which should read `Yw== 99`, is spoiled in five ways.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder, "tokenizer.model")
+    tokenizer.save(path)
+    rows = path.read_bytes().splitlines()
+    assert Tokenizer.load(path, COURSE_SPECIAL).ranks == ranks
+    for bad in (b"Y*== 99", b"Yw== 100", b"YQ== 99", b"Yw==", b"Yw== x"):
+        path.write_bytes(b"\n".join(rows[:99] + [bad] + rows[100:]))
+        try:
+            Tokenizer.load(path, COURSE_SPECIAL)
+        except ValueError as error:
+            print(str(error).replace(f"{folder}/", ""))
 
 # %% [markdown]
 # ## What a vocabulary buys
@@ -752,7 +847,7 @@ assert list(train_bpe(train[:1], 400)) == list(train_bpe(train[:1], 500))[:400]
 print(len(first(1024).encode(LINE)), "tokens at 1,024;", len(first(4080).encode(LINE)), "at 4,080")
 
 # %% [markdown]
-# Each box is a token. From top to bottom the boxes grow from bytes to words; look at when a word stops changing. "question" is the last one to close.
+# Each box is a token. From top to bottom the boxes grow from bytes to words; look at when a word stops changing. "question" is the last one to close. Colours only separate neighbours.
 
 
 # %%
@@ -795,7 +890,42 @@ draw_cuts(cuts)
 print({size: len(parts) for size, parts in cuts.items()})
 
 # %% [markdown]
-# **Predict, then measure.** The measure of a tokenizer's compression is characters per token: all characters of a text, divided by its tokens. It is 1 at 256 (for plain English).
+# **Predict, then measure.** The measure of a tokenizer's compression is characters per token: all characters of a text, divided by its tokens.
+# The paper reports that its tokenizer of 128K tokens "improves compression rates on a sample of English data from 3.17 to 3.94 characters per token"
+# against the one of Llama 2 (§3.2). That pair differs in algorithm, pattern and training data besides size, and we have neither the sample nor, here, the older tokenizer. What we can test is the part that size plays: 1,024 against 4,080 tokens
+# of one run, on the spoken lines of 26 scenes that neither was trained on. That the larger table gains is nearly certain, since it contains the smaller one; the size of the gain is the question. We predict more than 0.3 characters per token.
+# (Scenes of the same two plays are not independent, so the true uncertainty is larger than the interval says.) The assert shows that the numbers are those of the plain definition and not of one library.
+
+# %%
+#| claim L024
+scenes = {}
+for play in plays("validation"):
+    for speech in play.speeches:
+        scenes.setdefault((play.slug, speech.act, speech.scene), []).extend(speech.lines)
+scene_texts = ["\n".join(lines) for lines in scenes.values()]
+assert tokenizer.encode_batch(scene_texts) == [encode_plain(text, ranks) for text in scene_texts]
+
+
+def gain(new: Tokenizer, old: Tokenizer) -> list[float]:
+    """The gain in characters per token, scene by scene."""
+    return [len(t) / len(new.encode(t)) - len(t) / len(old.encode(t)) for t in scene_texts]
+
+
+ledger.claim(
+    "L024",
+    section="3.2",
+    claim="A larger byte-level BPE vocabulary packs more characters into a token "
+    "(paper: another tokenizer, 3.17 to 3.94; here 1,024 to 4,080 tokens of one run, spoken lines "
+    "of 26 scenes of two plays)",
+    predicted=ledger.at_least(0.3, "chars/token"),
+    measured=ledger.interval(gain(tokenizer, first(1024)), "chars/token"),
+    verdict="reproduced",
+    function="tokenizer.train_bpe",
+    test="tests/test_tokenizer.py::test_a_larger_vocabulary_never_compresses_less",
+)
+
+# %% [markdown]
+# Now the whole curve. It begins at 1 (for plain English, 256 tokens are one per character).
 # What is it at 4,080 on held-out plays? And does each doubling of the vocabulary add the same amount? Our prediction: about 3.3, because frequent English words have four letters and a space,
 # and rare ones fall apart; and doublings add less and less, because by Zipf's law the next thousand words are rarer than the last.
 
@@ -818,47 +948,26 @@ axes.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
 axes.minorticks_off()
 axes.legend()
 plt.show()
+for name, values in (("training", seen), ("held out", heldout)):
+    print(
+        f"{name}:", ", ".join(f"{n:,}: {value:.2f}" for n, value in zip(sizes, values, strict=True))
+    )
+total_bytes = sum(len(text.encode()) for text in validation)
 print(
-    "held out:", ", ".join(f"{n:,}: {value:.2f}" for n, value in zip(sizes, heldout, strict=True))
+    f"bytes per token at 4,080: {total_bytes / sum(map(len, tokenizer.encode_batch(validation))):.2f}"
 )
-assert all(a > b for a, b in zip(np.diff(heldout), np.diff(heldout)[1:], strict=False))
+assert all(a > b for a, b in itertools.pairwise(np.diff(heldout))) and 3.1 < heldout[-1] < 3.3
 
 # %% [markdown]
-# The curve rises by less at each doubling, on a logarithmic axis: the prediction holds. The two lines part as the vocabulary grows: late merges are names
-# and phrases of particular plays, and do nothing for others. The assert holds us to the shape.
-#
-# The paper reports one step of such a curve: its tokenizer of 128K tokens "improves compression rates on a sample of English data from 3.17 to 3.94 characters per token"
-# against the one of Llama 2 (§3.2). We have neither that sample nor, here, the older tokenizer, but the mechanism is ours to test: a vocabulary four times as large, on text that neither was trained on, scene by
-# scene. We predict a gain of more than 0.3 characters per token; the assert in the same cell shows that the numbers are those of the plain definition and not of one library.
-
-# %%
-#| claim L024
-scenes = {}
-for play in plays("validation"):
-    for speech in play.speeches:
-        scenes.setdefault((play.slug, speech.act, speech.scene), []).extend(speech.lines)
-texts = ["\n".join(lines) for lines in scenes.values()]
-assert [tokenizer.encode(text) for text in texts] == [encode_plain(text, ranks) for text in texts]
-small = first(1024)
-gain = [len(t) / len(tokenizer.encode(t)) - len(t) / len(small.encode(t)) for t in texts]
-ledger.claim(
-    "L024",
-    section="3.2",
-    claim="A larger byte-level BPE vocabulary packs more characters into a token "
-    "(paper: 3.17 to 3.94; here 1,024 to 4,080 tokens, held-out scenes)",
-    predicted=ledger.at_least(0.3, "chars/token"),
-    measured=ledger.interval(gain, "chars/token"),
-    verdict="reproduced",
-    function="tokenizer.train_bpe",
-    test="tests/test_tokenizer.py::test_three_encoders_agree_on_all_plays",
-)
+# The curve rises by less at each doubling, on a logarithmic axis, as predicted; at 4,080 it is a little below our 3.3. (Bytes per token are the same to two decimals: the plays hold few characters beyond ASCII.) The two lines part as the vocabulary grows: late merges are names
+# and rare words of particular plays, and do nothing for others. The assert holds us to the shape.
 
 # %%
 ledger.result(
     "BPE 4,096",
     characters_per_token(tokenizer, validation),
     "characters per token",
-    "validation plays",
+    "validation plays; 4,080 tokens + 16 special",
 )
 
 # %% [markdown]
@@ -875,32 +984,37 @@ for name, of in (("ours", tokenizer), ("Llama 3", llama3)):
     print(
         f"{name}: {characters_per_token(of, validation):.2f} characters per token on the held-out plays"
     )
-with tempfile.TemporaryDirectory() as folder:
-    llama3.save(f"{folder}/tokenizer.model")
-    assert Tokenizer.load(f"{folder}/tokenizer.model").ranks == llama3.ranks
+meta_ids = llama3.encode_batch(train + validation)
+used = len(set().union(*meta_ids))
+print(f"rows that occur in the 36 plays: {used:,} of {len(llama3.ranks):,}")
+assert used < len(llama3.ranks) / 6
 
 # %% [markdown]
-# On Shakespeare the 31 times larger vocabulary is only a little ahead: ours was trained on nothing else, and most of Meta's rows are code, modern words and other languages that the plays never use. And it does not reach
+# On Shakespeare the 31 times larger vocabulary is only a little ahead: ours was trained on nothing else, and five of six of Meta's rows do not occur in the plays at all. ("Held out" means from our training; Meta's data very probably had these plays in them.) And it does not reach
 # the paper's 3.94, which was measured on Meta's own sample. A compression rate belongs to a tokenizer *and* a text.
 #
-# The paper says how the table was made: 100K tokens of tiktoken's (OpenAI's `cl100k_base`, which has 100,256 ordinary tokens) and 28K more for other languages. The file shows the seam. In a table that BPE
+# The paper says how the table was made: 100K tokens of tiktoken's and 28K more for other languages. We take the 100K to be OpenAI's `cl100k_base`: 256 bytes and 100,000 merges. The file shows the seam. In a table that BPE
 # training wrote, each token is the join of two earlier ones. We ask for each row whether this is so.
 
 # %%
-late = [rank for token, rank in llama3.ranks.items() if rank >= 100_256]
-odd = {
-    t
-    for t, r in llama3.ranks.items()
-    if r >= 100_256 and len(encode_piece(t, llama3.ranks, below=r)) != 2
-}
-print(f"{len(late):,} rows from 100,256 on, {len(odd)} of them no join of two earlier tokens")
-print(sorted(odd, key=llama3.ranks.__getitem__)[1:4])
-assert [llama3.ranks[t] for t in odd] and len(
-    merges(dict(itertools.islice(llama3.ranks.items(), 20_000)))
-) > 0
+base_ranks = dict(itertools.islice(llama3.ranks.items(), 100_256))
+assert len(merges(base_ranks)) == 100_000  # raises for a row that is no join of two earlier ones
+late = {token: rank for token, rank in llama3.ranks.items() if rank >= 100_256}
+odd = [t for t, rank in late.items() if len(encode_piece(t, llama3.ranks, below=rank)) != 2]
+print(
+    f"first 100,256 rows: all joins; the {len(late):,} after them: {len(odd)} are no join of two earlier tokens"
+)
+print("for example", *(token.decode() for token in odd[1:6]))
+table, unreached = dict(llama3.ranks), 0
+for token in odd:
+    rank = table.pop(token)  # without its own row, joins that lead to a token stop two parts short
+    unreached += len(encode_piece(token, table)) != 2
+    table[token] = rank
+print(f"{unreached} of these are not reached by any later joins either")
+assert unreached > len(odd) / 2
 
 # %% [markdown]
-# Most of these rows can only be reached by the shortcut of `encode_piece`, whole piece first. An encoder that replays merges and lacks it gives other ids for these words. (The converted tokenizer of Hugging Face has a flag for this, `ignore_merges`.)
+# Those rows can only be reached by the shortcut of `encode_piece`, whole piece first. An encoder that replays merges and lacks it gives other ids for these words. (The converted tokenizer of Hugging Face has a flag for this, `ignore_merges`.)
 #
 # ## A second language without touching the first
 #
@@ -914,14 +1028,13 @@ latin = milton_latin()
 free = Tokenizer(train_bpe([latin], 4080 + 256, base=ranks), ())
 assert list(free.ranks)[:4080] == tokens
 english = tokenizer.encode_batch(train)
-fired = sum(i >= 4080 for row in free.encode_batch(train) for i in row)
+uses = Counter(i for row in free.encode_batch(train) for i in row if i >= 4080)
 print("learned on Latin:", *map(repr, list(free.ranks)[4080:4092]))
 print(
-    f"appended tokens used in the 34 English plays: {fired:,} times, of {sum(map(len, english)):,} tokens"
+    f"appended tokens used in the 34 English plays: {uses.total():,} times, of {sum(map(len, english)):,} tokens"
 )
-often = Counter(free.decode([i]) for row in free.encode_batch(train) for i in row if i >= 4080)
-print("most often:", *(f"{token!r} {n}" for token, n in often.most_common(5)))
-assert fired > 0
+print("most often:", *(f"{free.decode([i])!r} {n}" for i, n in uses.most_common(5)))
+assert uses.total() > 0
 
 # %% [markdown]
 # The guess was wrong. After all base merges are done, a rarer English word may still have a pair of neighbours that some Latin merge joins. It happens seldom, but "no impact" as an identity
@@ -946,14 +1059,25 @@ print(
 # Exactly unchanged on the plays that guarded the merges, and nearly so on plays that did not: the exceptions are bits of names and rare words, such as Cinna. More cannot be promised: a merge that helps Latin would help the same letters in an English text that nobody
 # has seen, and an encoder does not know which language it reads.
 #
-# Does Latin still gain? The poems are few, 264 lines. So we cut them into five parts, learn on four and measure on the fifth, with and without the guard. Our prediction: a gain in both cases, and less with the guard, since the best Latin pairs
+# The paper's sentence is about compression, though. How far does that of English move, on the 26 held-out scenes? Freely appended tokens were two in a thousand above, so about one hundredth of a character per token is what they can save; we predict less than 0.02, with and without the guard.
+
+# %%
+for name, grown in (("freely", free), ("guarded", guarded)):
+    moved = ledger.interval(gain(grown, tokenizer), "chars/token", digits=4)
+    print(f"appended {name}: English changes by {moved}")
+    assert ledger.judge(ledger.within(0.02, "chars/token"), moved) == "reproduced"
+
+# %% [markdown]
+# Guarded, English stands still. Freely appended, the merges even gain it a trifle, well inside the margin.
+#
+# Does Latin gain? The poems are few. So we cut them into five parts, learn on four and measure on the fifth, with and without the guard. (The cuts go through poems, so parts share some, and the learning sets overlap: the five gains are not independent.) Our prediction: a gain in both cases, and less with the guard, since the best Latin pairs
 # are pairs of English words too.
 
 # %%
 #| claim L025
-forbidden = {
-    pair for piece in count_pieces(train) for pair in neighbours(encode_piece(piece, ranks))
-}
+english_counts = count_pieces(train)
+english_pieces = {piece: encode_piece(piece, ranks) for piece in english_counts}
+forbidden = {pair for word in english_pieces.values() for pair in neighbours(word)}
 lines = latin.splitlines(keepends=True)
 parts = ["".join(lines[len(lines) * i // 5 : len(lines) * (i + 1) // 5]) for i in range(5)]
 gains = {"appended freely": [], "guarded by English": []}
@@ -968,13 +1092,12 @@ for i, part in enumerate(parts):
         )
 print(f"Latin before: {characters_per_token(tokenizer, [latin]):.2f} characters per token")
 print("appended freely:", ledger.interval(gains["appended freely"], "chars/token"))
-assert guarded.encode_batch(train) == english
 assert 2 * sum(gains["guarded by English"]) < sum(gains["appended freely"])
 ledger.claim(
     "L025",
     section="3.2",
-    claim="Tokens appended for a second language improve its compression and leave English ids as "
-    "they were (exactly so on the 34 plays that guard the merges, by assert)",
+    claim="Tokens appended for a second language improve its compression "
+    "(256 merges on 11 KB of Latin, guarded by the English training plays, five folds)",
     predicted=ledger.at_least(0.0, "chars/token"),
     measured=ledger.interval(gains["guarded by English"], "chars/token"),
     verdict="reproduced",
@@ -983,30 +1106,26 @@ ledger.claim(
 )
 
 # %% [markdown]
-# Both halves of the claim hold, but the price is visible: the guard gives away more than half of the gain on this small text. How did Meta's own table come out? We can look: cut it at 100,256, and compare the ids of the English plays with and without the added rows.
+# Latin gains; English does not move in compression, but its ids do unless guarded. And the guard has its price: more than half of the gain on this small text. How did Meta's own table come out? We can look: cut it at 100,256, and compare the ids of the English plays with and without the added rows.
 
 # %%
-base_only = Tokenizer(dict(itertools.islice(llama3.ranks.items(), 100_256)), ())
-with_added, without = (
-    llama3.encode_batch(train + validation),
-    base_only.encode_batch(train + validation),
-)
-added = Counter(i for row in with_added for i in row if i >= 100_256)
+base_only = Tokenizer(base_ranks, ())
+without = base_only.encode_batch(train + validation)
+added = Counter(i for row in meta_ids for i in row if i >= 100_256)
 difference = [
     len(text) / len(a) - len(text) / len(b)
-    for text, a, b in zip(train + validation, with_added, without, strict=True)
+    for text, a, b in zip(train + validation, meta_ids, without, strict=True)
 ]
 print(
-    f"{added.total()} of {sum(map(len, with_added)):,} tokens are added ones; most often",
+    f"{added.total()} of {sum(map(len, meta_ids)):,} tokens are added ones; most often",
     [llama3.decode([i]) for i, _ in added.most_common(5)],
 )
 print(
     "change in characters per token, per play:",
     ledger.interval(difference, "chars/token", digits=4),
 )
-assert (
-    3_000 < sum(map(len, with_added)) / added.total() < 5_000 and max(map(abs, difference)) < 0.005
-)
+assert 3_000 < sum(map(len, meta_ids)) / added.total() < 5_000
+assert max(map(abs, difference)) < 0.005
 
 # %% [markdown]
 # On 36 plays the added rows do fire in English, in about one token of four thousand (if the seam is where we think it is). The compression of English does not move in the second decimal. So the paper's sentence is true of what it measures, the compression ratio, and not true as an identity of ids.
@@ -1025,7 +1144,7 @@ for word in ("Hamlet", " Hamlet", "HAMLET", "hamlet", " hamlet"):
     print(f"{word!r:10} ours {bars(tokenizer, word):14} Llama 3 {bars(llama3, word)}")
 
 # %% [markdown]
-# **One word, many spellings.** With a space, at the start of a line, in capitals: the same name is five different sequences, which share few ids. What the model learns about one of them it has to learn again for the others.
+# **One word, many spellings.** With a space, at the start of a line, in capitals: the same letters are five different sequences, which share few ids. What the model learns about one of them it has to learn again for the others.
 #
 # **Numbers.** The digits come in groups of up to three *from the left*, so the same digit of a number stands in another group when the number gets one digit longer. In an addition the columns do not line up. (Our plays have no numbers to speak of: there every digit is a token of its own, which is longer and easier.)
 
@@ -1042,11 +1161,17 @@ after = Counter(b for row in english for a, b in itertools.pairwise(row) if a ==
 print(
     f"' be' occurs {sum(row.count(ranks[b' be']) for row in english):,} times, 'be' after a lone space {after[ranks[b'be']]} times"
 )
-print("most often after it:", *(repr(tokenizer.decode([i])) for i, _ in after.most_common(6)))
+split_off = {
+    piece: n
+    for piece, n in english_counts.items()
+    if len(piece) > 1 and english_pieces[piece][0] == ranks[b" "]
+}
+for piece in sorted(split_off, key=split_off.get, reverse=True)[:4]:
+    print(f"{piece.decode()!r} {split_off[piece]} times:", bars(tokenizer, piece.decode()))
 assert after[ranks[b"be"]] == 0
 
 # %% [markdown]
-# Never. The prompt with the space asks for a sequence that the encoder does not produce. What did follow a lone space in training are the beginnings of rare words, and that is what a model has learned to expect there. So prompts are stripped on the right, or encoded together with their continuation.
+# Never. The prompt with the space asks for a sequence that the encoder does not produce. Where a word did follow a lone space in training, it was a rarer one, such as these, for which no merge took the space in; that is what a model has learned to expect there. So prompts are stripped on the right, or encoded together with their continuation.
 #
 # **Many encodings, one text.** Decoding is a function; encoding picks one of many sequences that decode to the same text. How many are there for the line? Count by dynamic programming: $w_0 = 1$ and $w_j = \sum_i w_i$ over all $i < j$ for which the bytes $i$ to $j$ are a token.
 
@@ -1088,7 +1213,7 @@ assert b"OLOFERN" in never and b"OLOFERNES" in ranks
 # %% [markdown]
 # ## Bad input
 #
-# Two things can go wrong on the way in. A Python string may hold half of a surrogate pair, which has no UTF-8 form: an error, with its place. And text may spell a special token: plain text, as said above.
+# Three things can go wrong on the way in. Text may spell a special token: plain text, as said above, unless it is allowed. A string may hold a lone surrogate: an error, with its place. And somebody may pass bytes: an error too.
 
 # %%
 turn = "Good my lord<|eot_id|>"
@@ -1098,7 +1223,7 @@ print(
     "ids, all below",
     len(ranks),
 )
-print(tokenizer.encode(turn, allowed_special={"<|eot_id|>"})[-1] == tokenizer.special["<|eot_id|>"])
+print("allowed:", tokenizer.encode(turn, allowed_special={"<|eot_id|>"})[-1], "is the last id")
 for wrong in ("To be\ud83d", b"To be"):
     try:
         tokenizer.encode(wrong)
@@ -1106,7 +1231,7 @@ for wrong in ("To be\ud83d", b"To be"):
         print(f"{type(error).__name__}: {error}")
 
 # %% [markdown]
-# On the way out a model may stop in the middle of a character, or sample any sequence of bytes. `decode_bytes` is exact for all of them; `decode` puts the replacement character where the bytes are no UTF-8.
+# On the way out a model may stop in the middle of a character, or sample any sequence of bytes. `decode_bytes` is exact for all of them; `decode` puts the replacement character where the bytes are not valid UTF-8.
 
 # %%
 half = tokenizer.encode("Fie! 😀")[:-2]
@@ -1117,22 +1242,6 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# And the file may be damaged. Here line 100 of a good file is spoiled in five ways.
-
-# %%
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder, "tokenizer.model")
-    tokenizer.save(path)
-    rows = path.read_bytes().splitlines()
-    assert Tokenizer.load(path, COURSE_SPECIAL).ranks == ranks
-    for bad in (b"Y*== 99", b"Yw== 100", b"YQ== 99", b"Yw==", b"Yw== x"):
-        path.write_bytes(b"\n".join(rows[:99] + [bad] + rows[100:]))
-        try:
-            Tokenizer.load(path, COURSE_SPECIAL)
-        except ValueError as error:
-            print(str(error).replace(f"{folder}/", ""))
-
-# %% [markdown]
 # ## From ids to batches
 #
 # What does a model do with ids? Raschka's chapter 2 goes on with two small steps, and so do we. First, training examples are **windows** of the ids: inputs $x_t$ and targets $x_{t+1}$, the same window one step later. Windows of length $T$ begin every
@@ -1140,7 +1249,7 @@ with tempfile.TemporaryDirectory() as folder:
 #
 # $$N = \left\lfloor \frac{n - 1 - T}{s} \right\rfloor + 1 \quad\text{if } n > T, \text{ else } 0.$$
 #
-# With $s = T$ every token is a target once (but for the remainder); with $s < T$ windows overlap, and a token is predicted several times, with more and less context.
+# With $s = T$ every token but the first is a target once (and but for the remainder); with $s < T$ windows overlap, and a token is predicted several times, with more and less context.
 
 
 # %%
@@ -1168,6 +1277,9 @@ def sliding_windows(
     return ids[at], ids[at + 1]
 
 
+# %% [markdown]
+# The 13 tokens of the line in windows of four: the last token is a target only.
+
 # %%
 inputs, targets = sliding_windows(tokenizer.encode(LINE), length=4, stride=4)
 for x, y in zip(inputs, targets, strict=True):
@@ -1176,7 +1288,7 @@ assert inputs.shape == (count_windows(13, 4, 4), 4) == (3, 4)
 
 # %% [markdown]
 # Second, the **embedding**: a matrix $E$ with a row of width $D$ for each id, of which we take row $x_t$. It is often said that this is the same as multiplying a one-hot vector by $E$. It is exactly the same: every other product is a zero. (In the gradient too, up to the order in which the parts of a repeated id are added.)
-# So taking rows is a linear layer, only without the work: $TD$ numbers copied instead of $TVD$ multiplied.
+# So taking rows is a linear layer, only without the work: with $V$ ids in the vocabulary, $TD$ numbers copied instead of $TVD$ multiplied.
 
 # %%
 #| claim S049
@@ -1241,14 +1353,14 @@ print(f"tokens in the held-out plays: longest match {totals[0]:,}, merges {total
 assert 0 < 1 - totals[0] / totals[1] < 0.01
 
 # %% [markdown]
-# The compression is as good, even a hair better, and no exception is raised. But a model trained on ids of the proper encoder meets sequences that it has never seen, in exactly the rare words where it needs help, and its loss is worse for no visible
-# reason. Round trips cannot find this. Equal ids from a second, independent encoder do, and that is why the tests use three.
+# The compression is as good, even a hair better, and no exception is raised. But a model trained on ids of the proper encoder would meet sequences that it has never seen, in exactly the rare words where it needs help, and nothing but a somewhat higher loss
+# would tell. Round trips cannot find this. Equal ids from a second, independent encoder do, and that is why the tests use three.
 #
 # ## Notes on the sources
 #
-# - **The Llama 3 Herd of Models, §3.2.** Claims: 128K tokens, 100K of them tiktoken's and 28K for other languages; 3.17 to 3.94 characters per token; no impact on English. The mechanism is reproduced in the small. The paper is silent on the
-#   pattern, the special tokens and how the 28K were learned; the released code settles the first two, and the file says something about the third: hundreds of its late rows are no join of earlier ones, so they did not come out of plain appended BPE merges. "No impact" holds for compression, and not for each id.
-# - **Sennrich, Haddow, Birch (2016).** Algorithm 1 is our naive trainer, but for two things: they mark the end of a word with `</w>` and start from characters, so an unknown character has no id; their ties are left open.
+# - **The Llama 3 Herd of Models, §3.2.** Claims: 128K tokens, 100K of them tiktoken's and 28K for other languages; 3.17 to 3.94 characters per token; no impact on English. The mechanism is reproduced in the small. The paper says nothing on the
+#   pattern and on how the 28K were learned, and of the special tokens only that there are headers and terminations (§4.1.1). The released code settles pattern and special tokens, and the file says something about the third: hundreds of its late rows are no join of earlier ones, so they did not come out of plain appended BPE merges. "No impact" holds for compression, and not for each id.
+# - **Sennrich, Haddow, Birch (2016).** Algorithm 1 is our naive trainer, but for three things: they mark the end of a word with `</w>`; they start from characters, so an unknown character has no id; and their ties are left open.
 # - **GPT-2 (Radford et al. 2019).** Bytes instead of characters, and the split pattern. Its published vocabulary shifts the bytes to printable characters in the file; that is a matter of writing, not of the method. Llama 3's file needs no such thing.
 # - **Raschka, *Build a Large Language Model (From Scratch)*, ch. 2.** Windows, strides, embeddings: reproduced above, by equality.
 # - **Karpathy, *minbpe*.** The same road in the same order, with tiktoken as referee. It trains by recounting, as our naive trainer does.
@@ -1284,13 +1396,13 @@ assert split(validation[0], from_right) == split(validation[0])
 print(split("999+1=1000", from_right))
 
 # %% [markdown]
-# **2.** Let tokens reach over spaces: train on Hamlet with lines as pieces (pattern `[^\n]+\n*|\n+`), 150 merges, and with Llama 3's pattern. You are done when you can name a token with a space inside, and say which of the two has more characters per token on Hamlet and on *The Tempest*. Guess first; the answer may surprise you.
+# **2.** Let tokens reach over spaces: train on the first 80,000 characters of Hamlet with lines as pieces (pattern `[^\n]+\n*|\n+`), 300 merges, and with Llama 3's pattern. You are done when you can name a token with a space inside, and say which of the two has more characters per token on that text and on *The Tempest*. Guess first; the answer may surprise you.
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-hamlet = [play.text for play in plays("train") if play.slug == "hamlet"]
+hamlet = [play.text[:80_000] for play in plays("train") if play.slug == "hamlet"]
 LINES = r"[^\n]+\n*|\n+"
-by_line = Tokenizer(train_bpe(hamlet, 406, LINES), (), LINES)
-by_word = Tokenizer(train_bpe(hamlet, 406), ())
+by_line = Tokenizer(train_bpe(hamlet, 556, LINES), (), LINES)
+by_word = Tokenizer(train_bpe(hamlet, 556), ())
 print([token for token in list(by_line.ranks)[256:] if b" " in token.strip()][:6])
 for name, texts in (("Hamlet", hamlet), ("The Tempest", validation[1:])):
     print(

@@ -20,7 +20,7 @@
 # *Reading time 35 min · runs in about 40 s · difficulty ●●○ · needs 00, 01, 03, 07, 10*
 
 # %% [markdown]
-# Chapter 10 ended with a Llama whose weights are noise. This chapter turns the noise into a language model.
+# Chapter 10 built a Llama, and trained it for 400 steps only to look inside. This chapter makes a language model of it.
 # Nothing in it is specific to a small model. The paper's recipe (§3.4.1) fits in one sentence: AdamW, a learning rate
 # that rises for 8,000 steps to 8·10⁻⁵ and falls along a cosine to 8·10⁻⁷, documents packed into full sequences, attention
 # kept inside each document. We build each part of that sentence, measure what it is worth at our size, and then run all of
@@ -98,7 +98,9 @@ print(f"{len(scenes)} scenes; padding fills {1 - lengths.sum() / rectangle:.0%} 
 # length. Nothing is padded. A window may hold the end of one play and the start of the next, so a second array says which
 # document each token belongs to; chapter 10's attention uses it as a mask (§3.2 of the paper).
 #
-# Shapes: documents of $n_1, n_2, \dots$ ids become `tokens` and `segments`, both of $N = \sum_i (n_i + 2)$.
+# (Our plays are longer than any window, so they would need little padding. The scenes stood in for the web pages of a real corpus.)
+#
+# Shapes: documents of $n_1, n_2, \dots$ ids become `tokens` and `segments`, both of length $N = \sum_i (n_i + 2)$.
 
 
 # %%
@@ -206,18 +208,19 @@ print(f"{len(stream[0]):,} tokens, {batches.per_epoch} batches of {16 * 64} toke
 print(f"{crossing:.1%} of the windows hold a boundary between plays")
 
 # %% [markdown]
-# Plays are long, so hardly any window holds two of them, and the document mask has almost nothing to do here. That agrees with
-# the paper, which found it of limited effect in standard pre-training and important for very long sequences (§3.2). Chapter 10
+# Plays are long, so hardly any window holds two of them, and the document mask has almost nothing to do here: our plays can't test
+# it. The paper found it of limited effect in standard pre-training and important for very long sequences (§3.2). Chapter 10
 # measures it where it can matter, on short documents.
 #
 # ## 3 AdamW
 #
-# A gradient says which way is down, not how far to go. Adam keeps two running averages for every weight: of the gradient,
-# $m$, and of its square, $v$, and divides one by the root of the other. Each weight then moves by about the learning rate,
-# however large its gradients are.
+# Chapter 03's Adam keeps two running averages for every weight, of the gradient $g$ and of its square, and divides one by the root of
+# the other, so that each weight moves by about the learning rate $\eta$, however large its gradients are. AdamW adds one term. At
+# step $t = 1, 2, \dots$, with a tiny $\epsilon$ against division by zero:
 #
 # $$ m \leftarrow \beta_1 m + (1-\beta_1)\, g \qquad v \leftarrow \beta_2 v + (1-\beta_2)\, g^2 \qquad
-# w \leftarrow w - \eta \left( \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda w \right) $$
+# w \leftarrow w - \eta \left( \frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda w \right), \qquad
+# \hat m = \frac{m}{1-\beta_1^t}, \quad \hat v = \frac{v}{1-\beta_2^t} $$
 #
 # The last term is the W in AdamW. It pulls every weight towards zero by the fraction $\eta\lambda$ a step. Older Adam put the
 # pull into the gradient instead, $g + \lambda w$. Then Adam divides it by $\sqrt{v}$ like everything else, and weights with
@@ -237,11 +240,11 @@ def adamw_step(w, g, m, v, t, *, rate, decay, b1=0.9, b2=0.95, eps=1e-8):
 
 
 # %% [markdown]
-# Our own version is eight lines. Here it runs beside Optax's for 100 steps on a quadratic with very different curvatures.
+# Our own version is four lines of arithmetic. Here it runs beside Optax's for 100 steps on a quadratic with very different curvatures.
 
 # %%
 curvature = jnp.array([0.01, 1.0, 100.0])
-w_ours = w_optax = jnp.array([1.0, -2.0, 3.0])
+start = w_ours = w_optax = jnp.array([1.0, -2.0, 3.0])
 m = v = jnp.zeros(3)
 optimizer = optax.adamw(0.01, b1=0.9, b2=0.95, weight_decay=0.1)
 state = optimizer.init(w_optax)
@@ -250,13 +253,14 @@ for t in range(1, 101):
     updates, state = optimizer.update(curvature * w_optax, state, w_optax)
     w_optax = optax.apply_updates(w_optax, updates)
 difference = float(jnp.abs(w_ours - w_optax).max())
-print("after 100 steps:", *(f"{x:.3f}" for x in w_ours))
+print("first gradients:", *(f"{x:g}" for x in curvature * start))
+print("moved in 100 steps:", *(f"{x:.2f}" for x in jnp.abs(w_ours - start)))
 print("equal to Optax within 1e-6:", difference < 1e-6)
 assert difference < 1e-6
 
 # %% [markdown]
-# All three coordinates have moved by almost the same amount, although their gradients differ by a factor of ten thousand. From
-# here on we use Optax's. What the decoupling does is visible on a weight that gets no gradient signal of its own, only noise:
+# All three coordinates have moved by about one, although their first gradients differ by a factor of 30,000; most of what differs is
+# the decay, which pulls larger weights more. From here on we use Optax's. What the decoupling does is visible on a weight that gets no gradient signal of its own, only noise:
 
 
 # %%
@@ -280,15 +284,16 @@ for noise in (0.1, 1.0, 10.0):
 print(f"(1 - rate · decay)^200 = {(1 - 0.01 * 0.1) ** 200:.2f}")
 
 # %% [markdown]
-# AdamW shrinks every weight by the same factor, whatever the noise. With L2 inside the gradient, the same $\lambda$ means ten
-# times less decay where the gradients are ten times larger. Two knobs have become one: this is the argument for AdamW, and it
-# does not say that the loss is lower. We measure that in section 6.
+# AdamW shrinks every weight by the same factor, whatever the noise. With L2 inside the gradient, the same $\lambda$ means much less
+# decay where the gradients are large, and much *more* where they are small, as the first row shows: there $\lambda w$ is most of the
+# gradient, and Adam stretches it to a full step. Decoupled, $\lambda$ means the same for every weight. This is the argument for AdamW,
+# and it does not say that the loss is lower. Section 8 measures that.
 #
 # ## 4 Warm-up and cosine
 #
-# At step 1 Adam's averages rest on a single gradient, and $m/\sqrt{v}$ is ±1 for every weight: the first step is as long as a
-# step can be, in a direction that one batch chose. Warm-up starts with a tiny rate and raises it in a straight line, so the
-# averages have time to mean something. After the peak $\eta_{max}$ at step $t_w$, a cosine brings the rate down to
+# At step 1 Adam's averages rest on a single gradient, and $\hat m/\sqrt{\hat v}$ is ±1 for every weight: the first step is as long
+# as a step can be, in a direction that one batch chose. Warm-up raises the rate from 0 in a straight line, so the
+# averages have time to mean something. (At exactly 0 the first step changes nothing; Optax counts from there, and so do we.) After the peak $\eta_{max}$ at step $t_w$, a cosine brings the rate down to
 # $\eta_{min}$ at the last step $t_e$:
 #
 # $$ \eta(t) = \eta_{min} + \tfrac12 (\eta_{max} - \eta_{min}) \left(1 + \cos \pi \frac{t - t_w}{t_e - t_w}\right) $$
@@ -314,8 +319,18 @@ for t in (0, 4_000, 8_000, 604_000, 1_200_000):
 
 # %% [markdown]
 # These are the numbers of the 405B (§3.4.1): peak 8·10⁻⁵, 8,000 steps of warm-up, 8·10⁻⁷ after 1,200,000 steps. Our closed form
-# and Optax's schedule agree. The paper says nothing of gradient clipping, of Adam's betas or of which weights decay; for those
-# `make_optimizer` uses what GPT-3's paper states (0.9, 0.95, clip at norm 1), and spares the norms' gains from decay.
+# and Optax's schedule agree.
+#
+# One ingredient is left, *clipping*: if the length of the whole gradient, all weights taken as one vector, exceeds 1, it is scaled down
+# to length 1. One freak batch then can't fill Adam's averages. The paper says nothing of clipping, of Adam's betas or of which weights
+# decay. `make_optimizer` takes clipping and betas from GPT-3's paper (norm 1; 0.9, 0.95), and spares the norms' gains from decay, which is our choice.
+
+
+# %%
+#| export
+def decayed(params):
+    """Which parameters weight decay shrinks: the matrices, not the gains of norms."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 # %%
@@ -344,13 +359,6 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-# %%
-#| export
-def decayed(params):
-    """Which parameters weight decay shrinks: the matrices, not the gains of norms."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
-
 # %% [markdown]
 # ## 5 A fair measure: bits per byte
 #
@@ -359,7 +367,7 @@ def decayed(params):
 # same for everyone.
 #
 # One question remains: how much context does each predicted token get? If we cut the play into windows of $T$ and predict all
-# of each, the first token of a window has no context at all. So windows overlap: each moves on by a stride, and only its last
+# of each, the first prediction of a window has one token to go by. So windows overlap: each moves on by a stride, and only its last
 # tokens count. Every token is predicted exactly once.
 
 
@@ -371,7 +379,8 @@ def evaluation_windows(
     """Cut one document into overlapping windows so that each id after the first is a target once.
 
     Each window moves on by `stride`; its first context − stride tokens only give context (targets
-    −1), except in the first window. The last window is padded. Raises ValueError unless
+    −1), except in the first window, so a target has at least context − stride + 1 tokens before it. The
+    last window is padded with id 0 and targets −1. Raises ValueError unless
     1 <= stride <= context, and for a document without a target.
     """
     n = len(ids) - 1
@@ -400,8 +409,8 @@ for row, goal in zip(inputs, targets, strict=True):
 assert sorted(targets[targets >= 0].tolist()) == list(range(101, 112))
 
 # %% [markdown]
-# Read the right-hand side: every id from 101 to 111 is predicted once, and after the first window each has at least three
-# tokens before it. The model's side of the measure is a sum of nats, divided by bytes:
+# Read the right-hand side: every id from 101 to 111 is predicted once, and after the first window each has at least four
+# tokens before it (a dot is no target, and the 0 at the end is padding). The model's side of the measure is a sum of nats, divided by bytes:
 
 
 # %%
@@ -425,10 +434,10 @@ def model_bits_per_byte(
 ) -> float:
     """Bits per UTF-8 byte of texts, each a document of its own that begins with BOS.
 
-    Every token is predicted once, with at least context − stride tokens before it (or all there are);
-    stride is half the context if not given. The same bytes count whatever the tokenizer.
+    Every token is predicted once, with at least context − stride + 1 tokens before it (or all there
+    are); stride is half the context if not given. The same bytes count whatever the tokenizer.
     """
-    stride = stride or context // 2
+    stride = context // 2 if stride is None else stride
     documents = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     parts = [evaluation_windows(ids, context, stride) for ids in documents]
     tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -451,13 +460,26 @@ def model_bits_per_byte(
 def next_token_loss(
     model: Llama, batch: dict[str, Int[Array, "B T"]], key: PRNGKeyArray | None = None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean cross-entropy in nats over the batch's targets, and how many targets there are."""
+    """Mean cross-entropy in nats over the batch's targets, and how many targets there are.
+
+    `batch` holds int arrays (B, T): tokens, targets (−1: none), segments. `key` is there for `fit`.
+    """
     logits = model(batch["tokens"], batch["segments"])
     return cross_entropy(logits, batch["targets"]), (batch["targets"] >= 0).sum()
 
 
 # %%
-tiny = LlamaConfig(512, 64, 2, 4, 2, 168, 16, tie_embeddings=True, max_seq_len=128)
+tiny = LlamaConfig(
+    vocab_size=512,
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    hidden_dim=168,
+    head_dim=16,
+    tie_embeddings=True,
+    max_seq_len=128,
+)
 model = Llama(tiny, key=jax.random.key(0))
 first = float(next_token_loss(model, batches(0))[0])
 print(
@@ -468,22 +490,22 @@ assert abs(first - np.log(512)) < 0.1
 # %% [markdown]
 # Before training the model spreads its bets evenly: the loss is $\ln V$. If it were higher the initialisation would be wrong,
 # if it were lower the targets would leak. Now accumulate: one step on four micro-batches of 4 windows must equal one step on
-# 16. That is how a batch too large for memory is trained, and the paper's 16M-token batches are made (§3.4.1).
+# 16: the same loss and the same gradient. That is how a batch too large for memory is trained.
 
 
 # %%
 def one_step(batch_of, accumulate):
-    """The model after a single optimiser step."""
+    """What a single optimiser step reports."""
     options = {"steps": 1, "accumulate": accumulate, "log_every": 1}
     recipe = make_optimizer(steps=10, peak=1e-3, warmup=0)
-    state, rows = fit(model, next_token_loss, batch_of, recipe, **options)
-    return state.model, rows[0]
+    return fit(model, next_token_loss, batch_of, recipe, **options)[1][0]
 
 
 quarter = lambda cursor: {k: x[4 * cursor : 4 * cursor + 4] for k, x in batches(0).items()}  # noqa: E731
-(whole, row), (parts, parts_row) = one_step(batches, 1), one_step(quarter, 4)
+row, parts_row = one_step(batches, 1), one_step(quarter, 4)
 print(f"loss {row['loss']:.4f} and {parts_row['loss']:.4f}")
 print(f"gradient norm {row['grad_norm']:.3f} and {parts_row['grad_norm']:.3f}")
+assert abs(row["loss"] - parts_row["loss"]) < 1e-5
 assert abs(row["grad_norm"] - parts_row["grad_norm"]) < 1e-5
 
 # %% [markdown]
@@ -527,16 +549,21 @@ print(f"training loss {rows[0]['loss']:.2f} → {rows[-1]['loss']:.2f} nats per 
 # over the same bytes.
 
 # %%
-ledger.result("mini Llama, live", live, "bits per byte", "0.12M parameters, 0.6M tokens")
+ledger.result(
+    "small Llama, live in chapter 11", live, "bits per byte", "0.12M parameters, 0.6M tokens"
+)
 stored = ledger.results()
 names = ["gzip cold", "bigram", "xz primed", "best n-gram", "neural LM (Bengio)"]
 for name in names:
     print(
         f"{name:20s} {stored[name]['value']:.3f}  (stored, chapter {stored[name]['chapter'][:2]})"
     )
-print(f"{'mini Llama, live':20s} {live:.3f}")
+print(f"{'small Llama, live':20s} {live:.3f}")
 
 # %% [markdown]
+# The prediction holds: well below the bigram, well above the best n-gram, and near the neural model of chapter 03. It is not surprising
+# that a counter which has read everything beats a small network that has read a quarter. Section 11 gives the network more of everything.
+#
 # ## 7 Does the context matter?
 #
 # **Predict.** Measure the same trained model four times on the start of *The Tempest*, with strides of 64 (no overlap), 32, 16 and 4 of a
@@ -551,58 +578,63 @@ by_stride = {
 }
 for stride, bits in by_stride.items():
     print(
-        f"stride {stride:2d}, at least {64 - stride:2d} tokens of context: {bits:.3f} bits per byte"
+        f"stride {stride:2d}, at least {65 - stride:2d} tokens of context: {bits:.3f} bits per byte"
     )
 assert by_stride[64] > by_stride[32] > by_stride[4]
 
 # %% [markdown]
-# The number depends on how you ask. A paper that reports a loss without the stride has left something out; half the context is
+# A few hundredths, as predicted. The number depends on how you ask. A paper that reports a loss without the stride has left something out; half the context is
 # the rule in this course, a compromise between price and fairness: a stride of 4 costs eight times as much as a stride of 32.
 #
 # ## 8 What is the recipe worth?
 #
-# Every ingredient has a reason. Reasons are cheap, so `make ablations` trains a model of 0.1M parameters on bytes with each
-# ingredient taken out, five seeds each, and stores every run in `results/ablations.json`. The cells below read that file; one
-# arm is trained again at the end of the section. Each difference is taken seed by seed, the same initial weights and the same
-# batches on both sides, and its 95 % interval is over the five seeds.
+# Every ingredient has a reason. Reasons are cheap, so `make ablations` trains a model of 0.15M parameters on bytes with each
+# ingredient taken out, five seeds each, and stores every run in `results/ablations_recipe.json`. The runs are short, 400 steps of
+# 512 bytes, as in chapter 10. The cells below read that file; one arm is trained again at the end of the section. Each difference is
+# taken seed by seed, with the same initial weights and the same batches on both sides, and its 95 % interval is over the five seeds.
 #
 # **Predict.** Four comparisons, in bits per byte on validation text. Write down your own before you read ours.
 #
 # - *No warm-up at three times the peak rate.* Worse by more than 0.02: the first steps are as long as steps can be.
 # - *A constant rate after warm-up instead of the cosine.* Worse by more than 0.02: a large rate keeps shaking the weights, and
 #   only small steps at the end let them settle.
-# - *No weight decay.* No difference above 0.02: the model sees less than one epoch, there is nothing to over-fit.
-# - *L2 in the gradient instead of decoupled decay*, with the best of three strengths for it. Not worse by more than 0.02, for the
+# - *No weight decay.* No difference above 0.02: the model sees a small part of one epoch, there is nothing to over-fit.
+# - *L2 in the gradient instead of decoupled decay*, with the best of three strengths for it. No difference above 0.02, for the
 #   same reason.
 
-
 # %%
+repository = next(p for p in Path.cwd().resolve().parents if (p / "results").is_dir())
+STORED = json.loads((repository / "results" / "ablations_recipe.json").read_text())
+
+
 def stored_values(arm):
     """The stored validation values of an arm, by seed."""
     return np.array([row["value"] for row in STORED if row["arm"] == arm])
 
 
-repository = next(p for p in Path.cwd().resolve().parents if (p / "results").is_dir())
-STORED = json.loads((repository / "results" / "ablations.json").read_text())
-l2 = min(
-    (f"adam + L2 {strength}" for strength in (0.1, 0.01, 0.001)),
-    key=lambda a: stored_values(a).mean(),
-)
+def effect(without, with_it):
+    """What leaving an ingredient out costs, in bits per byte, with its 95 % interval over the seeds."""
+    return ledger.interval(stored_values(without) - stored_values(with_it), "bits per byte")
+
+
+L2 = [f"adam + L2 {strength}" for strength in (0.1, 0.01, 0.001)]
+best_l2 = min(L2, key=lambda arm: stored_values(arm).mean())
 EFFECTS = {
-    "no warm-up, 3 × rate": stored_values("hot, no warm-up") - stored_values("hot"),
-    "constant rate": stored_values("constant rate") - stored_values("base"),
-    "no weight decay": stored_values("no weight decay") - stored_values("base"),
-    f"best L2 ({l2[-5:].strip()})": stored_values(l2) - stored_values("base"),
+    "no warm-up (3 × rate)": effect("3 × rate, no warm-up", "3 × rate"),
+    "constant rate": effect("constant rate", "recipe"),
+    "no weight decay": effect("no weight decay", "recipe"),
+    best_l2: effect(best_l2, "recipe"),
+    "no warm-up, no cosine (3 × rate)": effect("3 × rate, constant, no warm-up", "3 × rate"),
+    "the rate itself, 3 ×": effect("3 × rate", "recipe"),
 }
-EFFECTS = {name: ledger.interval(values, "bits per byte") for name, values in EFFECTS.items()}
-for name, effect in EFFECTS.items():
-    print(f"{name:22s} {effect}")
+for name, found in EFFECTS.items():
+    print(f"{name:32s} {found}")
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 2.6))
-for y, effect in enumerate(EFFECTS.values()):
-    ax.plot([effect.low, effect.high], [y, y], color="tab:blue", lw=3)
-    ax.plot(effect.mean, y, "o", color="black")
+fig, ax = plt.subplots(figsize=(7, 2.8))
+for y, found in enumerate(EFFECTS.values()):
+    ax.plot([found.low, found.high], [y, y], color="tab:blue", lw=3)
+    ax.plot(found.mean, y, "o", color="black")
 ax.axvline(0, color="gray", lw=0.8)
 ax.axvspan(-0.02, 0.02, color="gray", alpha=0.15)
 ax.set(
@@ -615,8 +647,15 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Each bar is the 95 % interval of what leaving out one ingredient costs; the grey band is the margin of ±0.02 that the predictions use. What
-# lies inside it does not matter at this scale, whatever it may do at 405B.
+# Each bar is the 95 % interval of what one change costs; the grey band is the margin of ±0.02 that the predictions use. None of our
+# four predictions is confirmed. Warm-up: the interval is too wide to tell. The cosine: a gain of more than a few hundredths is excluded in
+# runs this short. Weight decay: too wide for our margin. L2 in the gradient: contradicted, it is clearly worse, even at the smallest strength that we
+# tried, although strength 0 would be the arm "no weight decay". Section 3's first row suggests why: where gradients are tiny, Adam stretches $\lambda w$ to
+# a full step. Far smaller strengths might be harmless; we did not try them. The last two bars put it in proportion: the rate itself matters more than the
+# refinements around it.
+#
+# The paper does not claim a size for any of these. It reports what was used. The ledger's two rows say what we can support: the update rule is what it says, and at this scale its schedule makes no
+# difference that five seeds could show.
 
 # %%
 #| claim L048
@@ -625,10 +664,10 @@ decay_only, _, _ = adamw_step(w, jnp.zeros(2), jnp.zeros(2), jnp.zeros(2), 1, ra
 assert np.allclose(decay_only, w * (1 - 0.5 * 0.1)) and difference < 1e-6
 ledger.claim(
     "L048",
-    section="3.4.1",
-    claim="AdamW decouples decay: a step shrinks a weight by 0.1 times the learning rate whatever its gradient",
-    predicted="exactly (1 - 0.1 · rate) per step; no gain in loss below one epoch",
-    measured=f"exact; equal to Optax within 1e-6 over 100 steps; best L2 minus AdamW: {EFFECTS[list(EFFECTS)[3]]}",
+    section="3.2.1, 3.4.1",
+    claim="AdamW with decoupled decay of 0.1 times the learning rate per step",
+    predicted="a step shrinks every weight by 0.1 · rate, whatever its gradient; equal to Optax",
+    measured=f"exact; equal to Optax within 1e-6 over 100 steps; L2 in the gradient costs {EFFECTS[best_l2]}",
     verdict="reproduced",
     function="pretraining.make_optimizer",
     test="tests/test_pretraining.py::test_decay_is_decoupled",
@@ -636,42 +675,67 @@ ledger.claim(
 
 # %%
 #| claim L049
-both = ledger.interval(
-    stored_values("hot, constant, no warm-up") - stored_values("hot"), "bits per byte"
-)
 ledger.claim(
     "L049",
     section="3.4.1",
-    claim="linear warm-up and cosine decay to 1 % lower the loss against the same peak rate from the first step to the last",
+    claim="with a peak of three times our usual rate, linear warm-up and cosine decay to 1 % end lower than that rate held throughout",
     predicted=ledger.at_least(0.02, "bits per byte"),
-    measured=both,
-    verdict=ledger.judge(ledger.at_least(0.02, "bits per byte"), both),
+    measured=effect("3 × rate, constant, no warm-up", "3 × rate"),
+    verdict="absent",
     function="pretraining.make_optimizer",
     test="tests/test_pretraining.py::test_schedule_matches_closed_form",
 )
 
 # %% [markdown]
+# Now one of the stored runs again, live. Which one is not ours to choose: the arm whose name has the smallest SHA-256, seed 0. It must land
+# within 0.05 bits per byte of the stored value; another processor adds in another order, so bit for bit would be too much to ask.
+
+# %%
+import hashlib
+import sys
+
+sys.path.append(str(repository / "tools"))
+import ablations_recipe
+
+drawn = min(ablations_recipe.ARMS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+_, again = ablations_recipe.train(drawn, seed=0)
+gap = abs(again["value"] - stored_values(drawn)[0])
+print(f"drawn: {drawn!r}; within 0.05 of the stored value: {gap < 0.05}")
+assert gap < 0.05
+
+# %% [markdown]
 # ## 9 Stopped and resumed
 #
-# A run of 54 days on 16,384 GPUs was interrupted 466 times (§3.3.4). Ours runs for twenty minutes on a laptop, whose lid may be
+# In a 54-day stretch of its pre-training, on 16,384 GPUs, the 405B was interrupted 466 times (§3.3.4). Ours runs for twenty minutes on a laptop, whose lid may be
 # closed. Either way a run that cannot be resumed exactly is two runs glued together, and its loss curve describes neither. Chapter
-# 3's `fit` checkpoints model, optimiser state, step and cursor. Here the small recipe is stopped in the middle and continued:
+# 03's `fit` checkpoints model, optimiser state, step and cursor. Below, the power fails when batch 5 is asked for; a checkpoint is written
+# every 3 steps. **Predict:** which steps are computed twice?
 
 # %%
 import tempfile
 
 
-def short_run(steps, directory=None):
-    """A few steps of the live recipe, checkpointing every 3 steps if there is a directory."""
+def until_power_cut(cursor):
+    """The batches of the run, until there is no more power."""
+    if cursor == 5:
+        raise RuntimeError("power cut")
+    return batches(cursor)
+
+
+def short_run(batch_of, directory=None):
+    """Eight steps of a recipe, with a checkpoint every 3 steps if there is a directory."""
     options = {"directory": directory, "checkpoint_every": 3 if directory else 0}
     recipe = make_optimizer(steps=8, peak=3e-3, warmup=2)
-    return fit(model, next_token_loss, batches, recipe, steps=steps, log_every=1, **options)
+    return fit(model, next_token_loss, batch_of, recipe, steps=8, log_every=1, **options)
 
 
 with tempfile.TemporaryDirectory() as folder:
-    short_run(4, folder)  # stops after step 4, as if killed
-    resumed, rows_resumed = short_run(8, folder)
-undisturbed, rows_undisturbed = short_run(8)
+    try:
+        short_run(until_power_cut, folder)
+    except RuntimeError as error:
+        print(f"{error} after 5 steps; kept:", *sorted(p.name for p in Path(folder).glob("step-*")))
+    resumed, rows_resumed = short_run(batches, folder)
+undisturbed, rows_undisturbed = short_run(batches)
 pairs = zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True)
 same = all(np.array_equal(a, b) for a, b in pairs if eqx.is_array(a))
 print("weights, optimiser state and counters equal bit for bit:", same)
@@ -679,6 +743,7 @@ print("losses equal:", [r["loss"] for r in rows_resumed] == [r["loss"] for r in 
 assert same
 
 # %% [markdown]
+# Steps 4 and 5 were computed twice, with the same batches and the same result, and their first rows were cut from the log.
 # `make train` does this with the real recipe: Ctrl-C or a power cut at any moment, and the next `make train` continues. The tests
 # kill it at random moments and compare the final weights bit for bit.
 #
@@ -749,19 +814,25 @@ assert tokenizer.decode(ids[-12:]) == greedy
 print("with the cache and without it the same:", repr(greedy))
 
 # %% [markdown]
-# The speaker headings, the line breaks and many short words are there after 0.6 million tokens; sense is not. The cache and
-# the slow way agree token for token.
+# The cache and the slow way agree token for token. The text above has line breaks and many short words after 0.6 million tokens; sense
+# it has not.
 #
 # ## 11 The mini Llama 3
 #
-# What remains is size and time. A `Recipe` holds everything that a run depends on, so two runs of one recipe are one run.
+# What remains is size and time. A `Recipe` holds everything that a run depends on, so two runs of one recipe are one run. `short` is
+# the recipe of `make train`; `smoke` is for the tests. The peak rates of this chapter (0.01 live, 0.002 for `short`) are not the paper's 8·10⁻⁵: small
+# models bear larger steps. They were chosen from a few short trial runs.
 
 
 # %%
-#| export
+#| export public
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on; two runs of one recipe give the same weights."""
+    """Everything that a training run depends on; two runs of one recipe give the same weights.
+
+    `batch` counts windows of `context` tokens, `steps`, `warmup`, `eval_every` and `checkpoint_every`
+    count optimiser steps, `peak` is the largest learning rate.
+    """
 
     model: LlamaConfig
     batch: int
@@ -785,18 +856,28 @@ def mini_llama(
     return LlamaConfig(4096, dim, n_layers, n_heads, n_kv_heads, hidden_dim, head_dim, **options)
 
 
+# %%
+#| export public
 RECIPES = {
     "short": Recipe(
         mini_llama(256, 4, 8, 2, 704, 256),
-        batch=8,
+        batch=4,
         context=256,
-        steps=1600,
-        peak=3e-3,
-        warmup=80,
-        eval_every=200,
+        steps=3200,
+        peak=2e-3,
+        warmup=200,
+        eval_every=400,
+        checkpoint_every=100,
     ),
     "smoke": Recipe(
-        mini_llama(32, 2, 4, 2, 96, 32), 4, 32, 30, 3e-3, 5, eval_every=0, checkpoint_every=4
+        mini_llama(32, 2, 4, 2, 96, 32),
+        batch=4,
+        context=32,
+        steps=30,
+        peak=3e-3,
+        warmup=5,
+        eval_every=0,
+        checkpoint_every=4,
     ),
 }
 
@@ -824,6 +905,18 @@ def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
 
 
 # %%
+#| export
+def read_config(path: Path) -> LlamaConfig:
+    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
+    try:
+        fields = json.loads(path.read_text())
+        scaling = fields.pop("rope_scaling")
+        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
+
+
+# %%
 #| export public
 def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a folder written by `save`, as `make train` leaves it.
@@ -844,18 +937,6 @@ def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
             f"vocab_size={config.vocab_size}"
         )
     return load_weights(directory / "model.safetensors", like), tokenizer
-
-
-# %%
-#| export
-def read_config(path: Path) -> LlamaConfig:
-    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
-    try:
-        fields = json.loads(path.read_text())
-        scaling = fields.pop("rope_scaling")
-        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
 
 
 # %%
@@ -930,10 +1011,11 @@ def matmul_peak(size: int = 2048, repeats: int = 8) -> float:
 
 # %%
 #| export
-def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> None:
+def draw_curves(rows: Sequence[dict], bits_per_byte_per_nat: float, path: str | Path) -> None:
     """Training and validation loss of a log in bits per byte, as a picture. Needs matplotlib.
 
-    `bits_per_nat` turns a mean loss in nats per token into bits per byte of the training text.
+    `bits_per_byte_per_nat` turns a mean loss in nats per token into bits per byte of the training
+    text: its tokens per byte over ln 2.
     """
     import matplotlib.pyplot as plt
 
@@ -941,7 +1023,7 @@ def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> 
     held_out = [row for row in rows if "validation_bits_per_byte" in row]
     axes.plot(
         [row["tokens"] / 1e6 for row in rows],
-        [row["loss"] * bits_per_nat for row in rows],
+        [row["loss"] * bits_per_byte_per_nat for row in rows],
         color="tab:blue",
         alpha=0.5,
         label="training batches",
@@ -962,7 +1044,8 @@ def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> 
 
 
 # %% [markdown]
-# The last two cells are the command itself: `report` writes what a finished run has to show, `main` reads the command line.
+# The last cells are the command itself: `report` writes what a finished run has to show, `main` reads the command line. It measures
+# the speed of this machine's matrix products first, so that your minutes can be compared with ours.
 
 # %%
 #| export
@@ -974,14 +1057,14 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
     model, tokenizer = load(directory)
     texts = [play.text for play in datasets.plays("train")]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    bits_per_nat = tokens / sum(len(text.encode()) for text in texts) / float(np.log(2))
+    bits_per_byte_per_nat = tokens / sum(len(text.encode()) for text in texts) / float(np.log(2))
     last = rows[-1]
     summary = {
         "parameters": count_params(recipe.model),
         "tokens": last["tokens"],
         "epochs": round(last["tokens"] / tokens, 2),
         "validation_bits_per_byte": round(last["validation_bits_per_byte"], 4),
-        "bits_per_nat": round(bits_per_nat, 5),
+        "bits_per_byte_per_nat": round(bits_per_byte_per_nat, 5),
         "seconds": round(last["seconds"]),
         "matmul_gflops": round(peak),
         "recipe": dataclasses.asdict(recipe),
@@ -998,7 +1081,7 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
     for name, value in list(summary.items())[:-1]:
         print(f"{name}: {value}")
     try:
-        draw_curves(rows, bits_per_nat, directory / "curves.png")
+        draw_curves(rows, bits_per_byte_per_nat, directory / "curves.png")
     except ModuleNotFoundError:
         print("no curves.png: pip install matplotlib for the picture")
 
@@ -1017,6 +1100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     directory = chosen.directory or runs_folder() / chosen.recipe
     try:
         if chosen.sample is not None:
+            chosen.sample = chosen.sample.replace("\\n", "\n")
             model, tokenizer = load(directory)
             room = recipe.context - len(tokenizer.encode(chosen.sample, bos=True))
             print(
@@ -1053,7 +1137,7 @@ ledger.result(
 # %%
 fig, ax = plt.subplots(figsize=(8, 3.5))
 held_out = [row for row in log if "validation_bits_per_byte" in row]
-scale = summary["bits_per_nat"]
+scale = summary["bits_per_byte_per_nat"]
 millions = lambda rows: [row["tokens"] / 1e6 for row in rows]  # noqa: E731
 ax.plot(millions(log), [r["loss"] * scale for r in log], alpha=0.5, label="training batches")
 ax.plot(
@@ -1072,9 +1156,9 @@ gap = held_out[-1]["validation_bits_per_byte"] - np.mean([r["loss"] for r in log
 print(f"validation minus training at the end: {gap:.2f} bits per byte")
 
 # %% [markdown]
-# Two curves and two lines. The orange one falls below what counting and compression reach. The blue one, the loss on the batches
-# themselves, falls further: the plays have been read more than once, and part of what was learned is the plays by heart. The
-# difference of the two at the end is the price of scarce data. And what it writes:
+# The blue line is the loss per token of the training batches, converted: times the training text's tokens per byte, over ln 2. The orange
+# line falls below both grey ones, what counting and compression reach. The two curves part slowly: the plays have been read more than once, and part
+# of what is learned is those plays by heart. (Part only: the validation plays may also be the harder ones, or the easier.) And what it writes:
 
 # %%
 print((stored_run / "samples.txt").read_text().split("--------")[0].strip())
@@ -1095,11 +1179,14 @@ def unshifted(cursor):
 
 recipe = make_optimizer(steps=60, peak=1e-2, warmup=6)
 broken, broken_rows = fit(model, next_token_loss, unshifted, recipe, steps=60, log_every=1)
-honest = rows[[r["step"] for r in rows].index(60)]["loss"]
-print(f"loss after 60 steps: {broken_rows[-1]['loss']:.2f} with the bug, {honest:.2f} without")
+honest, honest_rows = fit(model, next_token_loss, batches, recipe, steps=60, log_every=1)
+print(
+    f"loss after 60 steps: {broken_rows[-1]['loss']:.2f} with the bug, "
+    f"{honest_rows[-1]['loss']:.2f} without"
+)
 
 # %% [markdown]
-# The curve looks wonderful, and everything runs. What catches the bug is a question with a known answer: on tokens drawn at random,
+# The loss looks wonderful, and everything runs. What catches the bug is a question with a known answer: on tokens drawn at random,
 # independently, **no honest model can be better than $\ln V$**. Nothing can be predicted there, only leaked.
 
 # %%
@@ -1115,14 +1202,13 @@ def noise_loss(trained, shift):
     )
 
 
-leak, clean = noise_loss(broken.model, 0), noise_loss(state.model, 1)
+leak, clean = noise_loss(broken.model, 0), noise_loss(honest.model, 1)
 print(f"on random tokens: {leak:.2f} with the bug, {clean:.2f} without; ln V = {np.log(512):.2f}")
 assert leak < np.log(512) < clean
 
 # %% [markdown]
 # The broken run is below $\ln V$ on noise, which is impossible for a predictor. The honest one is far above it: it is sure of
-# Shakespeare, and wrong. The same question finds a mask that looks one token ahead, a validation set that overlaps the training
-# set in the loader, and a cache that reads its own answer.
+# Shakespeare, and wrong. The same question finds a mask that looks one token ahead, and a cache that reads its own answer.
 #
 # ## Notes on the sources
 #
@@ -1130,17 +1216,17 @@ assert leak < np.log(512) < clean
 # 8·10⁻⁷ over 1,200,000 steps. We reproduced the schedule's numbers and measured its effect at 0.1M parameters. The paper does
 # not state betas, clipping, or the decay of the main run; it gives 0.1 times the learning rate per step for the scaling-law runs
 # (§3.2.1). It also grows the batch in three stages, from 4M tokens; the step from 4M to 8M comes, as printed, "after pre-training 252M tokens", which is 63
-# steps of 4M and lies inside the warm-up. That is probably a misprint for a larger unit; chapter 11's later form will take up
+# steps of 4M and lies inside the warm-up. That is probably a misprint for a larger unit; a later form of this chapter takes up
 # the ramp.
 #
 # **Loshchilov and Hutter 2019** (*Decoupled Weight Decay Regularization*). Argues that L2 and decay differ under Adam. The shrinkage
-# experiment of section 3 shows exactly that. Their gains in test error come from long runs on images with many epochs; below
-# one epoch we found what the interval above says.
+# experiment of section 3 shows exactly that. Their gains in test error come from long runs on images with many epochs; ours are runs
+# of seconds.
 #
 # **Raschka, *Build a Large Language Model*, ch. 5 and App. D.** Adds warm-up, cosine and clipping one by one to the loop, without
 # measuring them apart. Section 8 measures the first two with seeds.
 #
-# **Radford et al., Brown et al.** The betas, the clip and the initialisation that we fill in are theirs.
+# **Radford et al. 2019, Brown et al. 2020.** The betas, the clip (GPT-3) and the initialisation (GPT-2) that we fill in are theirs.
 #
 # ## Remember
 #
@@ -1209,6 +1295,7 @@ print("exercise 4: other order, other cuts, and the same again for the same epoc
 # - Llama Team, *The Llama 3 Herd of Models*, 2024, arXiv 2407.21783, §3.2, §3.4.1.
 # - I. Loshchilov, F. Hutter, *Decoupled Weight Decay Regularization*, 2019, arXiv 1711.05101.
 # - D. Kingma, J. Ba, *Adam: A Method for Stochastic Optimization*, 2015, arXiv 1412.6980.
+# - A. Radford et al., *Language Models are Unsupervised Multitask Learners*, 2019.
 # - T. Brown et al., *Language Models are Few-Shot Learners*, 2020, arXiv 2005.14165, App. B.
 # - S. Raschka, *Build a Large Language Model (From Scratch)*, 2024, ch. 5, App. D.
 #

@@ -8,6 +8,7 @@ import gzip
 import lzma
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -35,7 +36,10 @@ def windows(documents: Iterable[bytes], n: int) -> tuple[np.ndarray, np.ndarray]
     """Every byte with the n − 1 symbols before it, as (contexts, targets), int64, one entry a byte.
 
     A context is a number in base 257, its newest symbol last; before a document stands START.
+    Raises ValueError unless n is from 1 to 7: eight symbols overflow 64 bits.
     """
+    if not 1 <= n <= 7:
+        raise ValueError(f"n must be from 1 to 7 (a longer n-gram overflows 64 bits), got {n}")
     contexts, targets = [], []
     for document in documents:
         data = np.frombuffer(document, np.uint8).astype(np.int64)
@@ -59,7 +63,7 @@ def _lookup(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.nda
 
 @dataclass(frozen=True)
 class Table:
-    """The n-grams of one order with their counts, and for each context their total and their number."""
+    """The different n-grams of one order and their counts, shape (grams,); their contexts, (contexts,)."""
 
     order: int
     grams: np.ndarray  # context · 256 + byte, sorted
@@ -84,7 +88,7 @@ def _table(order: int, grams: np.ndarray, counts: np.ndarray) -> Table:
 
 
 def _shorter(table: Table) -> np.ndarray:
-    """The n-grams of a table without their oldest symbol."""
+    """The n-grams of a table without their oldest symbol, the leading digit of the number."""
     return table.grams % (SYMBOLS ** (table.order - 2) * BYTES)
 
 
@@ -100,15 +104,6 @@ def count_tables(documents: Iterable[bytes], n: int) -> list[Table]:
     return tables[::-1]
 
 
-def continuation_tables(tables: list[Table]) -> list[Table]:
-    """The tables of Kneser–Ney: below the highest order, an n-gram counts its different left neighbours."""
-    lower = []
-    for above in tables[1:]:
-        grams, neighbours = np.unique(_shorter(above), return_counts=True)
-        lower.append(_table(above.order - 1, grams, neighbours.astype(np.float64)))
-    return [*lower, tables[-1]]
-
-
 def add_k(count: np.ndarray, total: np.ndarray, k: float) -> np.ndarray:
     """(count + k) / (total + 256 k); uniform where that is 0/0, which is k = 0 in an unseen context."""
     denominator = total + BYTES * k
@@ -116,7 +111,7 @@ def add_k(count: np.ndarray, total: np.ndarray, k: float) -> np.ndarray:
 
 
 def learn_bigram(counts: np.ndarray, steps: int = 5000, rate: float = 3.0) -> np.ndarray:
-    """Next-byte probabilities (257, 256) of a matrix of logits trained by gradient descent.
+    """Next-byte probabilities of a matrix of logits trained by gradient descent; counts (257, 256).
 
     The loss is the sum over rows of the cross entropy to the row's relative frequencies. Rows
     without counts stay uniform. The curvature of a row is at most 1/2, so `rate` must be below 4.
@@ -134,26 +129,37 @@ def learn_bigram(counts: np.ndarray, steps: int = 5000, rate: float = 3.0) -> np
 
 
 def interpolate(count, total, weight: float, lower: np.ndarray) -> np.ndarray:
-    """weight · count / total + (1 − weight) · lower, or `lower` alone where the context is unseen."""
+    """weight · count / total + (1 − weight) · lower, or `lower` where the context is unseen.
+
+    Arrays of one shape; `weight` is a number or such an array.
+    """
     mixed = weight * count / np.maximum(total, 1) + (1 - weight) * lower
     return np.where(total > 0, mixed, lower)
 
 
 def _tune_weight(count, total, lower, rounds: int = 30) -> float:
-    """The weight that makes the held-out bytes most probable, by expectation–maximisation."""
+    """The weight that makes the held-out bytes most probable, by expectation–maximisation.
+
+    Below 1, so that no byte becomes impossible; 1/2 where no context was seen.
+    """
     seen = total > 0
+    if not seen.any():
+        return 0.5
     ratio, below, weight = count[seen] / total[seen], lower[seen], 0.5
     for _ in range(rounds):
         mine = weight * ratio
         weight = float(np.mean(mine / (mine + (1 - weight) * below)))
-    return weight
+    return min(weight, 1 - 1 / (int(seen.sum()) + 2))
 
 
 def tune(n: int, method: str, tables: list[Table], held_out: Sequence[bytes]) -> list[float]:
     """The parameters of order n that fit `held_out` best, given the `count_tables` of other documents.
 
     add-k: the best k of a logarithmic grid. Interpolation: one weight per order, lowest order first.
+    Raises ValueError for another method: Kneser–Ney estimates its discounts in `NGram.fit`.
     """
+    if method not in ("add-k", "interpolation"):
+        raise ValueError(f"tune knows add-k and interpolation, not {method!r}")
     contexts, targets = windows(held_out, n)
     if method == "add-k":
         count, total, _ = tables[n - 1].look(contexts, targets)
@@ -170,12 +176,21 @@ def tune(n: int, method: str, tables: list[Table], held_out: Sequence[bytes]) ->
 def kneser_ney(count, total, types, discount: float, lower: np.ndarray) -> np.ndarray:
     """max(count − d, 0) / total + d · types / total · lower, or `lower` where the context is unseen.
 
-    `types` is the number of different bytes seen after the context: what the discounts took away is
-    handed on, so the sum over the bytes stays 1.
+    Arrays of one shape. `types` is the number of different bytes seen after the context: what the
+    discounts took away is handed on, so the sum over the bytes stays 1.
     """
     kept = np.maximum(count - discount, 0) / np.maximum(total, 1)
     handed_on = discount * types / np.maximum(total, 1)
     return np.where(total > 0, kept + handed_on * lower, lower)
+
+
+def continuation_tables(tables: list[Table]) -> list[Table]:
+    """The tables of Kneser–Ney: below the highest order, an n-gram counts its different left neighbours."""
+    lower = []
+    for above in tables[1:]:
+        grams, neighbours = np.unique(_shorter(above), return_counts=True)
+        lower.append(_table(above.order - 1, grams, neighbours.astype(np.float64)))
+    return [*lower, tables[-1]]
 
 
 def discount_of(table: Table) -> float:
@@ -191,7 +206,11 @@ def smoothed(
     contexts: np.ndarray,
     targets: np.ndarray,
 ) -> np.ndarray:
-    """The probability of each target after its context: the recursion from order 1 up to order n."""
+    """The probability of each target after its context, shape (targets,).
+
+    `tables`, of the orders 1 to n: `count_tables`, for Kneser–Ney `continuation_tables` of them.
+    `parameters`: [k] for add-k, n weights for interpolation, n discounts for Kneser–Ney.
+    """
     if method == "add-k":
         count, total, _ = tables[-1].look(contexts, targets)
         return add_k(count, total, parameters[0])
@@ -209,12 +228,14 @@ def smoothed(
 def _check_model(n: int, method: str, parameters: Sequence[float] | None) -> None:
     """Raise ValueError for an impossible order, method or parameter."""
     if not 1 <= n <= 6:
-        raise ValueError(f"n must be from 1 to 6 (a longer context overflows 64 bits), got {n}")
+        raise ValueError(f"n must be from 1 to 6, got {n}")
     if method not in NGram.METHODS:
         raise ValueError(f"no method {method!r}; there are {', '.join(NGram.METHODS)}")
     if parameters is not None:
         wanted, top = (1, math.inf) if method == "add-k" else (n, 1)
-        if len(parameters) != wanted or not all(0 <= x <= top for x in parameters):
+        if len(parameters) != wanted or not all(
+            0 <= x <= top and math.isfinite(x) for x in parameters
+        ):
             raise ValueError(
                 f"{method} of order {n} needs {wanted} numbers from 0 to {top}, got {list(parameters)}"
             )
@@ -234,28 +255,41 @@ class NGram:
         _check_model(n, method, parameters)
         self.n, self.method, self.tables = n, method, []
         self.parameters = [1.0] if parameters is None and method == "add-k" else parameters
+        self._estimate = self.parameters is None  # the discounts, at every fit
 
     def fit(self, documents: Iterable[bytes], tables: list[Table] | None = None) -> "NGram":
-        """Count the documents, or take their `count_tables` if they are at hand; returns the model."""
+        """Count the documents and return the model.
+
+        Given `tables`, `count_tables` of at least order n, it takes those and ignores the documents.
+        Raises ValueError for tables of too low an order, or for interpolation without weights.
+        """
         if self.method == "interpolation" and self.parameters is None:
             raise ValueError("interpolation needs weights: parameters=tune(...)")
         counted = count_tables(documents, self.n) if tables is None else tables[: self.n]
+        if len(counted) < self.n:
+            raise ValueError(
+                f"order {self.n} needs tables 1 to {self.n}, got {len(counted)} tables"
+            )
         self.tables = continuation_tables(counted) if self.method == "kneser-ney" else counted
-        if self.parameters is None:
+        if self._estimate:
             self.parameters = [discount_of(table) for table in self.tables]
         return self
 
+    def _p(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        if not self.tables:
+            raise ValueError("the model has counted nothing yet: call fit first")
+        return smoothed(self.tables, self.method, self.parameters, contexts, targets)
+
     def log_prob(self, documents: Iterable[bytes]) -> np.ndarray:
         """Natural log of the probability of every byte of the documents, in order; −inf for zero."""
-        p = smoothed(self.tables, self.method, self.parameters, *windows(documents, self.n))
         with np.errstate(divide="ignore"):
-            return np.log(p)
+            return np.log(self._p(*windows(documents, self.n)))
 
     def probabilities(self, context: bytes = b"") -> np.ndarray:
         """The distribution of the next byte, shape (256,), after a document that begins `context`."""
         code = windows([context + b"\0"], self.n)[0][-1:]
         contexts, targets = np.repeat(code, BYTES), np.arange(BYTES)
-        return smoothed(self.tables, self.method, self.parameters, contexts, targets)
+        return self._p(contexts, targets)
 
 
 def sample(model: NGram, rng: np.random.Generator, length: int, prompt: bytes = b"") -> bytes:
@@ -282,8 +316,12 @@ COMPRESSORS = {
 def compressed_bits(name: str, data: bytes, prime: bytes = b"") -> float:
     """Bits per byte of `data` under a compressor: cold, or after it has seen `prime`.
 
-    Primed is size(compress(prime + data)) − size(compress(prime)). Raises KeyError for an unknown name.
+    Primed is size(compress(prime + data)) − size(compress(prime)). Raises KeyError for an unknown name,
+    ValueError for empty data.
     """
+    if not data:
+        raise ValueError("data must not be empty")
     compress = COMPRESSORS[name]
-    before = len(compress(prime)) if prime else 0
-    return 8 * (len(compress(prime + data)) - before) / len(data)
+    with ThreadPoolExecutor(2) as pool:  # the compressors release Python's lock
+        after, before = pool.map(lambda text: len(compress(text)), (prime + data, prime))
+    return 8 * (after - (before if prime else 0)) / len(data)

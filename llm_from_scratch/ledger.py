@@ -37,7 +37,7 @@ class Interval:
 def interval(values: Iterable[float], unit: str = "", digits: int = 3) -> Interval:
     """The mean of `values` with its 95 % t-interval, mean ± t(0.975, n − 1) · s / √n.
 
-    `values`: one number per seed, or one paired difference per seed, play or fold.
+    `values`: one number per seed, or one paired difference per seed or play.
     Raises ValueError for fewer than two values or one that is not finite.
     """
     values = [float(v) for v in values]
@@ -66,7 +66,7 @@ class Prediction:
 
 
 def at_least(x: float, unit: str = "") -> Prediction:
-    """The prediction that an effect is greater than `x` ≥ 0 (orient it so that it is positive)."""
+    """The prediction that an effect is strictly greater than `x` ≥ 0 (orient it so that it is positive)."""
     if not (math.isfinite(x) and x >= 0):
         raise ValueError(f"at_least needs a finite bound ≥ 0, got {x}: turn the difference round")
     return Prediction("at least", float(x), unit)

@@ -50,9 +50,31 @@ class RMSNorm(eqx.Module):
 
 
 def linear(x: Float[Array, "*B I"], w: Float[Array, "O I"]) -> Float[Array, "*B O"]:
-    """Matrix product x wᵀ. Leading axes are flattened first: one large 2-D product is faster."""
+    """Matrix product x wᵀ, with the leading axes of x flattened into one."""
     y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), w, (((1,), (1,)), ((), ())))
     return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+class SwiGLU(eqx.Module):
+    """Feed-forward layer with a gate: w_down(silu(w_gate x) ⊙ w_up x), no biases.
+
+    dim is D, the width of the stream, and hidden_dim is F (see `ffn_width`). Meta calls the matrices
+    w1 (gate), w2 (down) and w3 (up). Source: Shazeer 2020, eq. 6.
+    """
+
+    w_gate: Float[Array, "F D"]
+    w_up: Float[Array, "F D"]
+    w_down: Float[Array, "D F"]
+
+    def __init__(self, dim, hidden_dim, *, key, scale=0.02, out_scale=0.02, dtype=jnp.float32):
+        """Normal weights: σ is `scale` for gate and up, `out_scale` for down (one key each)."""
+        gate, up, down = jax.random.split(key, 3)
+        self.w_gate = scale * jax.random.normal(gate, (hidden_dim, dim), dtype)
+        self.w_up = scale * jax.random.normal(up, (hidden_dim, dim), dtype)
+        self.w_down = out_scale * jax.random.normal(down, (dim, hidden_dim), dtype)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return linear(jax.nn.silu(linear(x, self.w_gate)) * linear(x, self.w_up), self.w_down)
 
 
 def ffn_width(dim: int, multiplier: float = 1.0, multiple_of: int = 256) -> int:
@@ -63,26 +85,6 @@ def ffn_width(dim: int, multiplier: float = 1.0, multiple_of: int = 256) -> int:
     """
     width = int(multiplier * int(2 * 4 * dim / 3))
     return -(-width // multiple_of) * multiple_of
-
-
-class SwiGLU(eqx.Module):
-    """Feed-forward layer with a gate: w_down(silu(w_gate x) ⊙ w_up x), no biases.
-
-    Meta calls the three matrices w1 (gate), w2 (down) and w3 (up). Source: Shazeer 2020, eq. 6.
-    """
-
-    w_gate: Float[Array, "F D"]
-    w_up: Float[Array, "F D"]
-    w_down: Float[Array, "D F"]
-
-    def __init__(self, dim, hidden_dim, *, key, scale=0.02, out_scale=0.02, dtype=jnp.float32):
-        gate, up, down = jax.random.split(key, 3)
-        self.w_gate = scale * jax.random.normal(gate, (hidden_dim, dim), dtype)
-        self.w_up = scale * jax.random.normal(up, (hidden_dim, dim), dtype)
-        self.w_down = out_scale * jax.random.normal(down, (dim, hidden_dim), dtype)
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return linear(jax.nn.silu(linear(x, self.w_gate)) * linear(x, self.w_up), self.w_down)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ def visible(
     mask = keys <= slots[..., None]
     if segments is None:
         return mask
-    return mask & (segments[..., :, None] == key_segments[..., None, :])
+    return mask & (segments[..., :, None] == key_segments[..., None, :n_keys])
 
 
 def attend(
@@ -197,35 +199,44 @@ def attention(
     keys that the mask would hide. Softmax in fp32. Source: Ainslie et al. 2023; paper §3.2.
     """
     *batch, n_queries, n_heads, width = q.shape
-    n_keys, n_kv_heads = k.shape[-3:-1]
-    rows = jnp.arange(n_queries)
-    slots = rows.reshape((1,) * len(batch) + (-1,)) + (0 if start is None else start[..., None])
+    slots = jnp.arange(n_queries).reshape((1,) * len(batch) + (-1,))
+    slots = slots if start is None else slots + start[..., None]
     key_segments = segments if key_segments is None else key_segments
 
     # (*B, K, G, T, Dh) and (*B, K, S, Dh): the G queries of a group meet their keys in one product
-    q = jnp.moveaxis(q.reshape(*batch, n_queries, n_kv_heads, -1, width), -4, -2)
+    q = jnp.moveaxis(q.reshape(*batch, n_queries, k.shape[-2], -1, width), -4, -2)
     k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
 
-    def rows_of(low: int, high: int, n_keys: int) -> Float[Array, "*B K G t Dh"]:
-        mask = visible(
-            None if segments is None else segments[..., low:high],
-            None if segments is None else key_segments[..., :n_keys],
-            slots[..., low:high],
-            n_keys,
-        )
+    def block(low: int, high: int, n_keys: int) -> Float[Array, "*B K G t Dh"]:
+        own = None if segments is None else segments[..., low:high]
+        mask = visible(own, key_segments, slots[..., low:high], n_keys)
         return attend(q[..., low:high, :], k[..., :n_keys, :], v[..., :n_keys, :], mask)
 
     if start is None:
         size = max(64, n_queries // 8)
-        ends = [(low, min(low + size, n_queries)) for low in range(0, n_queries, size)]
-        out = jnp.concatenate([rows_of(low, high, high) for low, high in ends], axis=-2)
+        cuts = [(low, min(low + size, n_queries)) for low in range(0, n_queries, size)]
+        out = jnp.concatenate([block(low, high, high) for low, high in cuts], axis=-2)
     else:
-        out = rows_of(0, n_queries, n_keys)
+        out = block(0, n_queries, k.shape[-2])
     return jnp.moveaxis(out, -2, -4).reshape(*batch, n_queries, n_heads, width)
 
 
+def write_at(buffer: Array, new: Array, start: Int[Array, "*B"]) -> Array:
+    """Write T entries "*B T ..." into each row's buffer "*B S ...", from that row's slot on."""
+
+    def write(buffer, new, start):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=0)
+
+    for _ in range(start.ndim):
+        write = jax.vmap(write)
+    return write(buffer, new.astype(buffer.dtype), start)
+
+
 class Attention(eqx.Module):
-    """Grouped-query self-attention: projections, rotary queries and keys, output; no biases."""
+    """Grouped-query self-attention: projections, rotary queries and keys, output; no biases.
+
+    n_heads query heads (H) share n_kv_heads key/value heads (K), each head_dim (Dh) wide.
+    """
 
     w_query: Float[Array, "H*Dh D"]
     w_key: Float[Array, "K*Dh D"]
@@ -234,22 +245,14 @@ class Attention(eqx.Module):
     head_dim: int = eqx.field(static=True)
 
     def __init__(
-        self,
-        dim,
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        *,
-        key,
-        scale=0.02,
-        out_scale=0.02,
-        dtype=jnp.float32,
+        self, dim, n_heads, n_kv_heads, head_dim, *, key, out_scale=0.02, dtype=jnp.float32
     ):
+        """Normal weights: σ is 0.02 for the inputs, `out_scale` for w_out (one key each)."""
         query, key_, value, out = jax.random.split(key, 4)
         q_width, kv_width = n_heads * head_dim, n_kv_heads * head_dim
-        self.w_query = scale * jax.random.normal(query, (q_width, dim), dtype)
-        self.w_key = scale * jax.random.normal(key_, (kv_width, dim), dtype)
-        self.w_value = scale * jax.random.normal(value, (kv_width, dim), dtype)
+        self.w_query = 0.02 * jax.random.normal(query, (q_width, dim), dtype)
+        self.w_key = 0.02 * jax.random.normal(key_, (kv_width, dim), dtype)
+        self.w_value = 0.02 * jax.random.normal(value, (kv_width, dim), dtype)
         self.w_out = out_scale * jax.random.normal(out, (dim, q_width), dtype)
         self.head_dim = head_dim
 
@@ -269,27 +272,19 @@ class Attention(eqx.Module):
     def project(self, x: Float[Array, "*B T D"], rotation):
         """Rotated queries "*B T H Dh", rotated keys "*B T K Dh", values "*B T K Dh"."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q = linear(x, self.w_query).reshape(heads)
-        k = linear(x, self.w_key).reshape(heads)
-        v = linear(x, self.w_value).reshape(heads)
+        weights = (self.w_query, self.w_key, self.w_value)
+        q, k, v = (linear(x, w).reshape(heads) for w in weights)
         return apply_rope(q, *rotation), apply_rope(k, *rotation), v
-
-
-def write_at(buffer: Array, new: Array, start: Int[Array, "*B"]) -> Array:
-    """Write T entries "*B T ..." into each row's buffer "*B S ...", from that row's slot on."""
-
-    def write(buffer, new, start):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start, axis=0)
-
-    for _ in range(start.ndim):
-        write = jax.vmap(write)
-    return write(buffer, new.astype(buffer.dtype), start)
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama. head_dim is explicit: n_heads · head_dim need not equal dim.
 
+    dim: width of the residual stream; n_heads, n_kv_heads: query and key/value heads; hidden_dim:
+    width of the feed-forward layer; rope_theta, rope_scaling: see `rope_frequencies`; norm_eps: the
+    ε of every norm; tie_embeddings: the embedding is the output matrix too. max_seq_len says for
+    which length the model is meant; the model itself doesn't enforce it.
     Raises ValueError, naming the field and the numbers, for a shape that can't exist.
     """
 
@@ -307,8 +302,8 @@ class LlamaConfig:
     max_seq_len: int = 8192
 
     def __post_init__(self):
-        sizes = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "head_dim")
-        for name in (*sizes, "max_seq_len"):
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name} must be an int, got {value!r}")
@@ -320,13 +315,11 @@ class LlamaConfig:
                 f"got n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim must be even (it rotates in pairs), got head_dim={self.head_dim}"
-            )
+            raise ValueError(f"head_dim must be even (pairs rotate), got head_dim={self.head_dim}")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta must be above 1, got rope_theta={self.rope_theta}")
         if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be positive, got norm_eps={self.norm_eps}")
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
 
 
 class Block(eqx.Module):
@@ -338,6 +331,7 @@ class Block(eqx.Module):
     feed_forward: SwiGLU
 
     def __init__(self, config: LlamaConfig, *, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32):
+        """σ = 0.02, and 0.02/√(2L) for the matrices that write to the stream (one key a layer)."""
         attention_key, feed_forward_key = jax.random.split(key)
         shape = (config.dim, config.n_heads, config.n_kv_heads, config.head_dim)
         options = {"out_scale": 0.02 / (2 * config.n_layers) ** 0.5, "dtype": dtype}
@@ -384,11 +378,89 @@ def init_cache(
     )
 
 
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+    """Rows of the table; a token outside it gives NaN, never a neighbour's row.
+
+    Plain JAX indexing clamps an index that is too large and wraps a negative one, silently.
+    """
+    at = table.at[tokens]
+    return at.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def check_inputs(model: "Llama", tokens, segments, positions, cache) -> None:
+    """Raise ValueError for what can be known here: shapes and dtypes always, values outside jit."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers, got dtype {tokens.dtype}")
+    if not tokens.ndim or not tokens.shape[-1]:
+        raise ValueError(f"tokens must have at least one position, got shape {tokens.shape}")
+    for name, array in (("segments", segments), ("positions", positions)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"{name} must be shaped like tokens {tokens.shape}, got {array.shape}")
+    if cache is not None:
+        slots, new = cache.segments.shape[-1], tokens.shape[-1]
+        if cache.segments.shape[:-1] != tokens.shape[:-1]:
+            batch = cache.segments.shape[:-1]
+            raise ValueError(f"tokens {tokens.shape} don't fit a cache with batch axes {batch}")
+        if cache.k[0].dtype != model.embedding.dtype:
+            raise ValueError(
+                f"the cache's dtype must be the model's, {model.embedding.dtype}, "
+                f"got {cache.k[0].dtype}"
+            )
+        used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
+        if used + new > slots:
+            raise ValueError(f"the cache has {slots} slots, {used} are used, can't add {new} more")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
+        low, high, last = int(tokens.min()), int(tokens.max()), model.config.vocab_size - 1
+        if low < 0 or high > last:
+            bad = low if low < 0 else high
+            raise ValueError(f"token {bad} is outside the vocabulary 0..{last}")
+
+
+def states(
+    model: "Llama",
+    tokens: Int[Array, "*B T"],
+    segments: Int[Array, "*B T"] | None,
+    positions: Int[Array, "*B T"] | None,
+    cache: KVCache | None,
+) -> tuple[Float[Array, "*B T D"], KVCache | None]:
+    """Final normalised states, and the cache with these tokens in it (see `Llama.hidden`)."""
+    config = model.config
+    check_inputs(model, tokens, segments, positions, cache)
+    start, key_segments = None if cache is None else cache.length, None
+    if positions is None:
+        arange = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        positions = jnp.broadcast_to(arange, tokens.shape)
+        positions = positions if start is None else positions + start[..., None]
+    if cache is not None:
+        segments = jnp.zeros(tokens.shape, jnp.int32) if segments is None else segments
+        key_segments = write_at(cache.segments, segments, start)
+
+    x = embed(model.embedding, tokens)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    rotation = rope_rotation(positions, frequencies, x.dtype)
+    kept = []
+    for i, block in enumerate(model.blocks):
+        past = None if cache is None else (cache.k[i], cache.v[i], key_segments, start)
+        x, kv = block(x, rotation, segments, past)
+        kept.append(kv)
+    h = model.norm(x)
+    if cache is None:
+        return h, None
+    full = start + tokens.shape[-1] > cache.segments.shape[-1]
+    h = jnp.where(full[..., None, None], jnp.nan, h)
+    k, v = zip(*kept, strict=True)
+    return h, KVCache(k, v, key_segments, start + tokens.shape[-1])
+
+
 class Llama(eqx.Module):
     """Llama 3: embedding, pre-norm blocks, a final RMSNorm, and a head that may be the embedding.
 
-    Every weight is (out, in). Initial weights are normal with σ = 0.02, those that write to the
-    residual stream with 0.02/√(2L): the paper does not state its initialisation, this is GPT-2's.
+    Inputs are shaped "*B T". segments: the document of each token, which attention never leaves
+    (default: one). positions: rotary positions (default: 0, 1, …, going on from the cache).
+    Raises ValueError for shapes that differ, no token at all, a cache of another dtype, tokens
+    outside the vocabulary and a full cache; under jit the last two can't be seen: such a row becomes
+    NaN. Initial weights: normal, σ = 0.02, those that write to the residual stream 0.02/√(2L)
+    (GPT-2's rule; the paper states none).
     """
 
     embedding: Float[Array, "V D"]
@@ -399,102 +471,27 @@ class Llama(eqx.Module):
 
     def __init__(self, config: LlamaConfig, *, key: PRNGKeyArray, dtype: jnp.dtype = jnp.float32):
         embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.n_layers)
-        shape = (config.vocab_size, config.dim)
+        shape, tied = (config.vocab_size, config.dim), config.tie_embeddings
         self.embedding = 0.02 * jax.random.normal(embedding_key, shape, dtype)
         self.blocks = tuple(Block(config, key=k, dtype=dtype) for k in block_keys)
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype)
-        tied = config.tie_embeddings
         self.head = None if tied else 0.02 * jax.random.normal(head_key, shape, dtype)
         self.config = config
-
-    def __call__(
-        self,
-        tokens: Int[Array, "*B T"],
-        segments: Int[Array, "*B T"] | None = None,
-        positions: Int[Array, "*B T"] | None = None,
-        cache: KVCache | None = None,
-    ):
-        """Logits "*B T V" in the model's dtype; with a cache, the pair (logits, new cache)."""
-        h, new_cache = self.hidden(tokens, segments, positions, cache)
-        logits = linear(h, self.output_weight)
-        return logits if cache is None else (logits, new_cache)
 
     @property
     def output_weight(self) -> Float[Array, "V D"]:
         """The matrix that turns hidden states into logits: the head, or the embedding if tied."""
         return self.embedding if self.head is None else self.head
 
-    def hidden(
-        self,
-        tokens: Int[Array, "*B T"],
-        segments: Int[Array, "*B T"] | None = None,
-        positions: Int[Array, "*B T"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "*B T D"], KVCache | None]:
-        """Final normalised states, and the cache with these tokens in it (None without a cache).
+    def hidden(self, tokens, segments=None, positions=None, cache=None):
+        """The pair: final normalised states "*B T D", new cache (None without one)."""
+        return states(self, tokens, segments, positions, cache)
 
-        segments: which document each token belongs to; attention never crosses (default: one).
-        positions: the rotary positions; default 0, 1, 2, … from the row's cached length on.
-        Raises ValueError for shapes that differ, for tokens outside the vocabulary and for a full
-        cache; under jit values can't be seen: a row with such a token becomes NaN.
-        """
-        check_inputs(self.config, tokens, segments, positions, cache)
-        start = None if cache is None else cache.length
-        if positions is None:
-            first = 0 if start is None else start[..., None]
-            arange = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
-            positions = jnp.broadcast_to(
-                arange.reshape((1,) * (tokens.ndim - 1) + (-1,)) + first, tokens.shape
-            )
-        if cache is not None:
-            segments = jnp.zeros_like(tokens) if segments is None else segments
-            key_segments = write_at(cache.segments, segments, start)
-
-        x = embed(self.embedding, tokens)
-        config = self.config
-        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        rotation = rope_rotation(positions, frequencies, x.dtype)
-        kept = []
-        for i, block in enumerate(self.blocks):
-            past = None if cache is None else (cache.k[i], cache.v[i], key_segments, start)
-            x, kv = block(x, rotation, segments, past)
-            kept.append(kv)
-        h = self.norm(x)
-        if cache is None:
-            return h, None
-        k, v = zip(*kept, strict=True)
-        return h, KVCache(k, v, key_segments, start + tokens.shape[-1])
-
-
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
-    """Rows of the table; a token outside it gives NaN, never a neighbour's row.
-
-    Plain JAX indexing clamps an index that is too large and wraps a negative one, silently.
-    """
-    at = table.at[tokens]
-    return at.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-def check_inputs(config: LlamaConfig, tokens, segments, positions, cache) -> None:
-    """Raise ValueError for what can be known here: shapes always, values outside jit."""
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers, got dtype {tokens.dtype}")
-    for name, array in (("segments", segments), ("positions", positions)):
-        if array is not None and array.shape != tokens.shape:
-            raise ValueError(f"{name} must be shaped like tokens {tokens.shape}, got {array.shape}")
-    if cache is not None:
-        slots, new = cache.segments.shape[-1], tokens.shape[-1]
-        if cache.segments.shape[:-1] != tokens.shape[:-1]:
-            batch = cache.segments.shape[:-1]
-            raise ValueError(f"tokens {tokens.shape} don't fit a cache with batch axes {batch}")
-        used = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
-        if used + new > slots:
-            raise ValueError(f"the cache has {slots} slots, {used} are used, can't add {new} more")
-    if not isinstance(tokens, jax.core.Tracer) and tokens.size:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token {bad} is outside the vocabulary 0..{config.vocab_size - 1}")
+    def __call__(self, tokens, segments=None, positions=None, cache=None):
+        """Logits "*B T V" in the model's dtype; with a cache, the pair (logits, new cache)."""
+        h, new_cache = self.hidden(tokens, segments, positions, cache)
+        logits = linear(h, self.output_weight)
+        return logits if cache is None else (logits, new_cache)
 
 
 def cross_entropy(
@@ -516,7 +513,10 @@ def cross_entropy(
 
 
 def count_params(config: LlamaConfig) -> int:
-    """Number of weights of a Llama of this shape, from the formula; nothing is allocated."""
+    """Number of weights of a Llama of this shape, from the formula; nothing is allocated.
+
+    For a model that exists, see `training.count_parameters`.
+    """
     c = config
     attention_weights = c.dim * c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads)
     block = attention_weights + 3 * c.dim * c.hidden_dim + 2 * c.dim
@@ -531,6 +531,8 @@ def published(dim, n_layers, n_heads, head_dim, hidden_dim, **options) -> LlamaC
 
 LONG = {"rope_scaling": RopeScaling(factor=8.0), "max_seq_len": 131_072}
 LONG_TIED = LONG | {"rope_scaling": RopeScaling(factor=32.0), "tie_embeddings": True}
+
+
 CONFIGS = {
     "llama3-8b": published(4096, 32, 32, 128, ffn_width(4096, 1.3, 1024)),
     "llama3-70b": published(8192, 80, 64, 128, ffn_width(8192, 1.3, 4096)),

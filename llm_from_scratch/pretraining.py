@@ -94,6 +94,11 @@ class PackedBatches:
         }
 
 
+def decayed(params):
+    """Which parameters weight decay shrinks: the matrices, not the gains of norms."""
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
 def make_optimizer(
     *,
     steps: int,
@@ -118,18 +123,14 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def decayed(params):
-    """Which parameters weight decay shrinks: the matrices, not the gains of norms."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
-
 def evaluation_windows(
     ids: Sequence[int], context: int, stride: int
 ) -> tuple[Int[np.ndarray, "W T"], Int[np.ndarray, "W T"]]:
     """Cut one document into overlapping windows so that each id after the first is a target once.
 
     Each window moves on by `stride`; its first context − stride tokens only give context (targets
-    −1), except in the first window. The last window is padded. Raises ValueError unless
+    −1), except in the first window, so a target has at least context − stride + 1 tokens before it. The
+    last window is padded with id 0 and targets −1. Raises ValueError unless
     1 <= stride <= context, and for a document without a target.
     """
     n = len(ids) - 1
@@ -163,10 +164,10 @@ def model_bits_per_byte(
 ) -> float:
     """Bits per UTF-8 byte of texts, each a document of its own that begins with BOS.
 
-    Every token is predicted once, with at least context − stride tokens before it (or all there are);
-    stride is half the context if not given. The same bytes count whatever the tokenizer.
+    Every token is predicted once, with at least context − stride + 1 tokens before it (or all there
+    are); stride is half the context if not given. The same bytes count whatever the tokenizer.
     """
-    stride = stride or context // 2
+    stride = context // 2 if stride is None else stride
     documents = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     parts = [evaluation_windows(ids, context, stride) for ids in documents]
     tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -180,7 +181,10 @@ def model_bits_per_byte(
 def next_token_loss(
     model: Llama, batch: dict[str, Int[Array, "B T"]], key: PRNGKeyArray | None = None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Mean cross-entropy in nats over the batch's targets, and how many targets there are."""
+    """Mean cross-entropy in nats over the batch's targets, and how many targets there are.
+
+    `batch` holds int arrays (B, T): tokens, targets (−1: none), segments. `key` is there for `fit`.
+    """
     logits = model(batch["tokens"], batch["segments"])
     return cross_entropy(logits, batch["targets"]), (batch["targets"] >= 0).sum()
 
@@ -231,7 +235,11 @@ def sample(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on; two runs of one recipe give the same weights."""
+    """Everything that a training run depends on; two runs of one recipe give the same weights.
+
+    `batch` counts windows of `context` tokens, `steps`, `warmup`, `eval_every` and `checkpoint_every`
+    count optimiser steps, `peak` is the largest learning rate.
+    """
 
     model: LlamaConfig
     batch: int
@@ -258,15 +266,23 @@ def mini_llama(
 RECIPES = {
     "short": Recipe(
         mini_llama(256, 4, 8, 2, 704, 256),
-        batch=8,
+        batch=4,
         context=256,
-        steps=1600,
-        peak=3e-3,
-        warmup=80,
-        eval_every=200,
+        steps=3200,
+        peak=2e-3,
+        warmup=200,
+        eval_every=400,
+        checkpoint_every=100,
     ),
     "smoke": Recipe(
-        mini_llama(32, 2, 4, 2, 96, 32), 4, 32, 30, 3e-3, 5, eval_every=0, checkpoint_every=4
+        mini_llama(32, 2, 4, 2, 96, 32),
+        batch=4,
+        context=32,
+        steps=30,
+        peak=3e-3,
+        warmup=5,
+        eval_every=0,
+        checkpoint_every=4,
     ),
 }
 
@@ -289,6 +305,16 @@ def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
     save_weights(directory / "model.safetensors", model)
 
 
+def read_config(path: Path) -> LlamaConfig:
+    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
+    try:
+        fields = json.loads(path.read_text())
+        scaling = fields.pop("rope_scaling")
+        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
+
+
 def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a folder written by `save`, as `make train` leaves it.
 
@@ -308,16 +334,6 @@ def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
             f"vocab_size={config.vocab_size}"
         )
     return load_weights(directory / "model.safetensors", like), tokenizer
-
-
-def read_config(path: Path) -> LlamaConfig:
-    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
-    try:
-        fields = json.loads(path.read_text())
-        scaling = fields.pop("rope_scaling")
-        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
 
 
 def train(
@@ -386,10 +402,11 @@ def matmul_peak(size: int = 2048, repeats: int = 8) -> float:
     return 2 * size**3 / best / 1e9
 
 
-def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> None:
+def draw_curves(rows: Sequence[dict], bits_per_byte_per_nat: float, path: str | Path) -> None:
     """Training and validation loss of a log in bits per byte, as a picture. Needs matplotlib.
 
-    `bits_per_nat` turns a mean loss in nats per token into bits per byte of the training text.
+    `bits_per_byte_per_nat` turns a mean loss in nats per token into bits per byte of the training
+    text: its tokens per byte over ln 2.
     """
     import matplotlib.pyplot as plt
 
@@ -397,7 +414,7 @@ def draw_curves(rows: Sequence[dict], bits_per_nat: float, path: str | Path) -> 
     held_out = [row for row in rows if "validation_bits_per_byte" in row]
     axes.plot(
         [row["tokens"] / 1e6 for row in rows],
-        [row["loss"] * bits_per_nat for row in rows],
+        [row["loss"] * bits_per_byte_per_nat for row in rows],
         color="tab:blue",
         alpha=0.5,
         label="training batches",
@@ -425,14 +442,14 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
     model, tokenizer = load(directory)
     texts = [play.text for play in datasets.plays("train")]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
-    bits_per_nat = tokens / sum(len(text.encode()) for text in texts) / float(np.log(2))
+    bits_per_byte_per_nat = tokens / sum(len(text.encode()) for text in texts) / float(np.log(2))
     last = rows[-1]
     summary = {
         "parameters": count_params(recipe.model),
         "tokens": last["tokens"],
         "epochs": round(last["tokens"] / tokens, 2),
         "validation_bits_per_byte": round(last["validation_bits_per_byte"], 4),
-        "bits_per_nat": round(bits_per_nat, 5),
+        "bits_per_byte_per_nat": round(bits_per_byte_per_nat, 5),
         "seconds": round(last["seconds"]),
         "matmul_gflops": round(peak),
         "recipe": dataclasses.asdict(recipe),
@@ -449,7 +466,7 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
     for name, value in list(summary.items())[:-1]:
         print(f"{name}: {value}")
     try:
-        draw_curves(rows, bits_per_nat, directory / "curves.png")
+        draw_curves(rows, bits_per_byte_per_nat, directory / "curves.png")
     except ModuleNotFoundError:
         print("no curves.png: pip install matplotlib for the picture")
 
@@ -466,6 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     directory = chosen.directory or runs_folder() / chosen.recipe
     try:
         if chosen.sample is not None:
+            chosen.sample = chosen.sample.replace("\\n", "\n")
             model, tokenizer = load(directory)
             room = recipe.context - len(tokenizer.encode(chosen.sample, bos=True))
             print(

@@ -48,7 +48,7 @@ _LONG_RUN = re.compile(rf"(?<!\s)\s{{{LONGEST_RUN + 1},}}|(?<!\S)\S{{{LONGEST_RU
 
 
 def cut_runs(text: str) -> Iterator[str]:
-    """Cut `text` so that no part has more than 25,000 spaces, or non-spaces, in a row.
+    """Cut `text` so that no part has more than 25,000 characters of white space, or others, in a row.
 
     The cuts are where Meta's tokenizer.py makes them; a text without such runs comes back whole.
     """
@@ -61,9 +61,12 @@ def cut_runs(text: str) -> Iterator[str]:
 
 
 def split(text: str, pattern: str = LLAMA3_PATTERN) -> list[str]:
-    """The pieces of a text inside which merges happen; joined, they are the text again."""
+    """The pieces of a text inside which merges happen; joined, they are the text again.
+
+    So it is for LLAMA3_PATTERN. Characters that another `pattern` does not match are left out.
+    """
     compiled = regex.compile(pattern)
-    return [piece for part in cut_runs(text) for piece in compiled.findall(part)]
+    return [match.group() for part in cut_runs(text) for match in compiled.finditer(part)]
 
 
 def merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
@@ -116,6 +119,7 @@ def learn_merges(
     pairs in `forbidden` never are. Stops early if no pair is left.
     """
     words, tokens = list(words), list(tokens)
+    ids = {token: id for id, token in enumerate(tokens)}
     totals, change, where, heap = Counter(), Counter(), defaultdict(set), []
     for i, word in enumerate(words):
         for pair in neighbours(word):
@@ -131,14 +135,15 @@ def learn_merges(
         if not heap:
             break
         best, change = heapq.heappop(heap)[1], Counter()
+        new = ids.setdefault(tokens[best[0]] + tokens[best[1]], len(tokens))
         for i in where.pop(best):
-            old, words[i] = words[i], merge(words[i], best, len(tokens))
+            old, words[i] = words[i], merge(words[i], best, new)
             for pair in neighbours(old):
                 change[pair] -= counts[i]
             for pair in neighbours(words[i]):
                 change[pair] += counts[i]
                 where[pair].add(i)
-        tokens.append(tokens[best[0]] + tokens[best[1]])
+        tokens = list(ids)  # one longer, unless the joined bytes were a token already
     return tokens
 
 
@@ -189,9 +194,11 @@ def train_bpe(
 ) -> dict[bytes, int]:
     """Train byte-level BPE: token → rank, the 256 bytes first (rank = byte), then the merges.
 
+    `vocab_size` counts the ordinary tokens, bytes and merges; special tokens come on top of it.
     Each merge joins the most frequent pair of neighbours; of equals, the pair with the lowest ids.
     `base`: go on from these ranks. `protect`: make no merge that changes the ids of these texts.
-    Fewer tokens come back if no pair is left. Sennrich et al. 2016, Algorithm 1, on bytes.
+    Fewer tokens come back if no pair is left. Raises TypeError if `texts` is one string, ValueError
+    if `base` is no full table or too large. Sennrich et al. 2016, Algorithm 1, on bytes.
     """
     ranks = starting_tokens(base, vocab_size)
     guarded = (encode_piece(piece, ranks) for piece in count_pieces(protect, pattern))
@@ -209,9 +216,10 @@ def encode_plain(text: str, ranks: Mapping[bytes, int], pattern: str = LLAMA3_PA
     return [id for piece in split(text, pattern) for id in known(piece)]
 
 
-def special_ids(
-    special_tokens: Sequence[str] | Mapping[str, int], ranks: Mapping[bytes, int]
-) -> dict[str, int]:
+SpecialTokens = Sequence[str] | Mapping[str, int]
+
+
+def special_ids(special_tokens: SpecialTokens, ranks: Mapping[bytes, int]) -> dict[str, int]:
     """Names of special tokens with their ids: as given, or counted on from the number of ranks.
 
     Raises ValueError if a name is empty or twice, if an id is taken, or if the ids have a gap.
@@ -231,6 +239,24 @@ def special_ids(
     if gaps := set(range(len(owner))) - owner.keys():
         raise ValueError(f"{len(owner)} tokens need the ids 0 … {len(owner) - 1}: no {min(gaps)}")
     return dict(special_tokens)
+
+
+def split_special(
+    text: str, special: Mapping[str, int], allowed: Collection[str] | Literal["all"]
+) -> list[str]:
+    """Cut a text at the special tokens that are allowed: text, name, text, name, …, text.
+
+    Where one name begins another, the longer one is taken. Raises ValueError for an unknown name.
+    """
+    if isinstance(allowed, str) and allowed != "all":
+        raise TypeError(f"allowed_special must be 'all' or several names, not {allowed!r}")
+    names = special.keys() if allowed == "all" else set(allowed)
+    if unknown := names - special.keys():
+        raise ValueError(f"no special token {min(unknown)!r}; there are {', '.join(special)[:200]}")
+    if not names:
+        return [text]
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
 
 def checked_text(text: str) -> str:
@@ -260,34 +286,20 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     return array.tolist()
 
 
-def split_special(
-    text: str, special: Mapping[str, int], allowed: Collection[str] | Literal["all"]
-) -> list[str]:
-    """Cut a text at the special tokens that are allowed: text, name, text, name, …, text.
-
-    Where one name begins another, the longer one is taken. Raises ValueError for an unknown name.
-    """
-    if isinstance(allowed, str) and allowed != "all":
-        raise TypeError(f"allowed_special must be 'all' or several names, not {allowed!r}")
-    names = special.keys() if allowed == "all" else set(allowed)
-    if unknown := names - special.keys():
-        raise ValueError(f"no special token {min(unknown)!r}; there are {', '.join(special)[:200]}")
-    if not names:
-        return [text]
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-
-
 class Vocabulary:
     """The table of a tokenizer: what bytes each id stands for, and which ids are special.
 
     `ranks`: ordinary token → id. `special_tokens`: names, which get the next ids, or name → id.
+    `bos`, `eos`, `stop`: the special tokens that begin a text, end it, and end a generation; they
+    become `bos_id` and `eos_id`, None if there is no such token, and `stop_ids`. Other attributes:
+    `ranks`, `special` (name → id), `vocab_size` (both together). Raises ValueError if a single byte
+    has no token, or if names or ids clash or leave a gap.
     """
 
     def __init__(
         self,
         ranks: Mapping[bytes, int],
-        special_tokens: Sequence[str] | Mapping[str, int] = COURSE_SPECIAL,
+        special_tokens: SpecialTokens = COURSE_SPECIAL,
         *,
         bos: str = "<|begin_of_text|>",
         eos: str = "<|end_of_text|>",
@@ -306,12 +318,77 @@ class Vocabulary:
         return b"".join([self._bytes[id] for id in checked_ids(ids, self.vocab_size)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        """The text; bytes that are not valid UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def save(self, path: str | Path) -> None:
         """Write the ranks as a `tokenizer.model`; special tokens have no place in that format."""
         write_ranks(path, self.ranks)
+
+
+class Tokenizer(Vocabulary):
+    """Text to ids and back by tiktoken, with ranks of our own or Meta's.
+
+    `names` (bos, eos, stop), attributes and errors as for `Vocabulary`. Characters that a `pattern`
+    of your own does not match are left out of the ids; LLAMA3_PATTERN matches all.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special_tokens: SpecialTokens = COURSE_SPECIAL,
+        pattern: str = LLAMA3_PATTERN,
+        **names: str | Collection[str],
+    ):
+        super().__init__(ranks, special_tokens, **names)
+        self.pattern = pattern
+        self._core = tiktoken.Encoding(
+            "course", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
+        )
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool = False,
+        eos: bool = False,
+        allowed_special: Collection[str] | Literal["all"] = (),
+    ) -> list[int]:
+        """The ids of a text; `bos`, `eos`: with the id that begins, or ends, every text.
+
+        The name of a special token is plain text unless it is in `allowed_special` (names or "all").
+        Raises TypeError for bytes or a single name, ValueError for a lone surrogate, an unknown
+        name, or a bos or eos that this tokenizer does not have.
+        """
+        if (bos and self.bos_id is None) or (eos and self.eos_id is None):
+            raise ValueError(f"no {'bos' if bos and self.bos_id is None else 'eos'} token")
+        ids = [self.bos_id] if bos else []
+        parts = split_special(checked_text(text), self.special, allowed_special)
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.special[part])
+            else:
+                for run in cut_runs(part):
+                    ids += self._core.encode_ordinary(run)
+        return ids + [self.eos_id] if eos else ids
+
+    def encode_batch(self, texts: Iterable[str], **options) -> list[list[int]]:
+        """`encode` for each text, on several threads; `options` as for `encode`.
+
+        Raises TypeError for a single string.
+        """
+        if isinstance(texts, str | bytes):
+            raise TypeError("texts must be several strings, such as [text], not one string")
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda text: self.encode(text, **options), texts))
+
+    @classmethod
+    def load(cls, path: str | Path, special_tokens: SpecialTokens, **options) -> Self:
+        """Read a `tokenizer.model`; `options` as for the class. Raises as `read_ranks` does.
+
+        The file does not name its special tokens: say LLAMA3_SPECIAL for Meta's, COURSE_SPECIAL here.
+        """
+        return cls(read_ranks(path), special_tokens, **options)
 
 
 def read_row(line: bytes) -> tuple[bytes, int]:
@@ -354,7 +431,10 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def write_ranks(path: str | Path, ranks: Mapping[bytes, int]) -> None:
-    """Write ranks 0, 1, 2, … as a `tokenizer.model`; the file appears whole or not at all."""
+    """Write ranks 0, 1, 2, … as a `tokenizer.model`; the file appears whole or not at all.
+
+    Raises ValueError if the ranks have a gap.
+    """
     tokens = sorted(ranks, key=ranks.__getitem__)
     if [ranks[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError(f"a tokenizer.model holds the ranks 0 … {len(tokens) - 1} without a gap")
@@ -378,44 +458,6 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
                 raise ValueError(f"token {token!r}, rank {rank}, is no join of two earlier tokens")
             found.append((by_rank[ids[0]], by_rank[ids[1]]))
     return found
-
-
-class Tokenizer(Vocabulary):
-    """Text to ids and back by tiktoken, with ranks of our own or Meta's; `names` as in `Vocabulary`."""
-
-    def __init__(self, ranks, special_tokens=COURSE_SPECIAL, pattern=LLAMA3_PATTERN, **names):
-        super().__init__(ranks, special_tokens, **names)
-        self.pattern = pattern
-        self._core = tiktoken.Encoding(
-            "course", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens={}
-        )
-
-    def encode(self, text, *, bos=False, eos=False, allowed_special=()) -> list[int]:
-        """The ids of a text. The name of a special token is plain text unless `allowed_special`.
-
-        Raises ValueError for a lone surrogate, an unknown special token, or a `bos` there is not.
-        """
-        if (bos and self.bos_id is None) or (eos and self.eos_id is None):
-            raise ValueError(f"no {'bos' if bos and self.bos_id is None else 'eos'} token")
-        ids = [self.bos_id] if bos else []
-        parts = split_special(checked_text(text), self.special, allowed_special)
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self.special[part])
-            else:
-                for run in cut_runs(part):
-                    ids += self._core.encode_ordinary(run)
-        return ids + [self.eos_id] if eos else ids
-
-    def encode_batch(self, texts: Iterable[str], **options) -> list[list[int]]:
-        """`encode` for each text, on several threads; `options` as for `encode`."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda text: self.encode(text, **options), texts))
-
-    @classmethod
-    def load(cls, path: str | Path, special_tokens=LLAMA3_SPECIAL, **options) -> Self:
-        """Read a `tokenizer.model`. The default special tokens are those of Meta's own file."""
-        return cls(read_ranks(path), special_tokens, **options)
 
 
 def count_windows(n: int, length: int, stride: int) -> int:

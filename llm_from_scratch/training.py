@@ -3,6 +3,7 @@
 Written from chapters/03_training.py by `make export`: edit there.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -63,9 +64,9 @@ class NeuralLM(eqx.Module):
         for_c, for_h, for_u = jax.random.split(key, 3)
         width = context * dim
         self.C = jax.random.normal(for_c, (START + 1, dim))
-        self.H = jax.random.normal(for_h, (hidden_dim, width)) / np.sqrt(width)
+        self.H = jax.random.normal(for_h, (hidden_dim, width)) / width**0.5
         self.d = jnp.zeros(hidden_dim)
-        self.U = 0.1 * jax.random.normal(for_u, (BYTES, hidden_dim)) / np.sqrt(hidden_dim)
+        self.U = 0.1 * jax.random.normal(for_u, (BYTES, hidden_dim)) / hidden_dim**0.5
         self.b = jnp.zeros(BYTES)
         self.W = jnp.zeros((BYTES, width)) if direct else None
 
@@ -96,7 +97,7 @@ def is_trainable(leaf: Any) -> bool:
 
 
 def count_parameters(model: Any) -> int:
-    """How many trainable numbers a model holds."""
+    """How many trainable numbers a model holds. (For a configuration alone: llama.count_params.)"""
     return sum(leaf.size for leaf in jax.tree.leaves(model) if is_trainable(leaf))
 
 
@@ -161,8 +162,9 @@ def mean_gradient(
 ) -> tuple[Float[Array, ""], Any]:
     """The loss and its gradient, in fp32, over one batch or over `accumulate` stacked micro-batches.
 
-    `loss(model, batch, key)` is a scalar mean, or a pair (mean, weight) where the weight is the number
-    of targets behind the mean. Micro-batches count by weight: the result is that of one large batch.
+    `params` and `static` are the halves of `eqx.partition(model, is_trainable)`. `loss(model, batch, key)`
+    is a scalar mean, or a pair (mean, weight) where the weight is the number of targets behind the mean.
+    Micro-batches count by weight: the result is that of one large batch.
     """
 
     def weighted(params: Any, batch: Any, key: Array) -> tuple[Array, Array]:
@@ -235,20 +237,6 @@ def compile_step(step: Callable, state: TrainState) -> Callable:
     return call
 
 
-def draw(batches: Callable[[int], Any], cursor: int, accumulate: int = 1) -> Any:
-    """The next batch, or `accumulate` of them stacked along a new first axis.
-
-    Raises ValueError when the micro-batches of one step differ in shape.
-    """
-    if accumulate == 1:
-        return batches(cursor)
-    drawn = [batches(cursor + i) for i in range(accumulate)]
-    shapes = [jax.tree.map(np.shape, batch) for batch in drawn]
-    if any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"micro-batches of one step must have equal shapes, got {shapes}")
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *drawn)
-
-
 def find_learning_rate(
     model: Any,
     loss: Callable,
@@ -262,9 +250,12 @@ def find_learning_rate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raise the rate from `low` to `high`, by one factor a step; return the rates and the losses.
 
-    Stops when the loss is not finite or four times its smallest value so far. The loss of entry i is
+    `make_optimizer` is called with a schedule, a function of the step that gives the rate. For a positive
+    loss: stops when it is not finite or four times its smallest value so far. The loss of entry i is
     measured before the update with rate i. Smith 2015 (arXiv 1506.01186), section 3.3.
     """
+    if not (0 < low < high and steps >= 2):
+        raise ValueError(f"low={low} must be in (0, high={high}), and steps={steps} at least 2")
     rates = np.geomspace(low, high, steps)
     growth = float(np.log(high / low) / (steps - 1))
     optimizer = make_optimizer(lambda count: low * jnp.exp(growth * count))
@@ -301,23 +292,10 @@ def to_safetensors(tree: Any) -> bytes:
     return safetensors_bytes({k: np.array(v, order="C") for k, v in named_arrays(tree).items()})
 
 
-DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E5M2": jnp.float8_e5m2,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+def safetensors_dtype(array: Array) -> str:
+    """The format's name for an array's dtype: F32 for float32, BF16, I32, U8, BOOL, F8_E4M3."""
+    name = array.dtype.name.upper().removesuffix("FN")
+    return name.replace("FLOAT", "F").replace("UINT", "U").replace("INT", "I")
 
 
 def check_tensors(stored: dict[str, dict], wanted: dict[str, Array]) -> list[str]:
@@ -326,7 +304,7 @@ def check_tensors(stored: dict[str, dict], wanted: dict[str, Array]) -> list[str
     faults += [f"{name} is not expected" for name in sorted(stored) if name not in wanted]
     for name in (name for name in wanted if name in stored):
         kind, shape, array = stored[name]["dtype"], tuple(stored[name]["shape"]), wanted[name]
-        if shape != array.shape or DTYPES.get(kind) != array.dtype:
+        if shape != array.shape or kind != safetensors_dtype(array):
             model = f"{array.dtype} {array.shape}"
             faults.append(f"{name} is {kind} {shape} in the file, {model} in the model")
     return faults
@@ -347,11 +325,10 @@ def from_safetensors(data: bytes, like: Any, where: str) -> Any:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise ValueError(f"{where}: " + "; ".join(faults[:8]) + more)
     leaves, structure = jax.tree.flatten(like)
-    filled = []
-    for name, array in wanted.items():
-        flat = np.frombuffer(stored[name]["data"], array.dtype)
-        filled.append(jnp.array(flat.reshape(array.shape)))
-    filled = iter(filled)
+    filled = iter(
+        jnp.array(np.frombuffer(stored[name]["data"], array.dtype).reshape(array.shape))
+        for name, array in wanted.items()
+    )
     return structure.unflatten([next(filled) if eqx.is_array(x) else x for x in leaves])
 
 
@@ -398,6 +375,11 @@ def checkpoints(directory: str | Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir() and path.name[5:].isdigit())
 
 
+def sums_of(files: dict[str, bytes]) -> dict[str, str]:
+    """The SHA-256 sum of each file's content, in hexadecimal."""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint; it first loses its name, so a half-deleted one is never found."""
     doomed = path.with_name(f".checkpoint-old-{path.name}")
@@ -405,12 +387,10 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def save_checkpoint(
-    directory: str | Path, state: TrainState, metadata: dict, *, keep: int = 2
-) -> Path:
+def save_checkpoint(directory: str | Path, state: TrainState, metadata: dict) -> Path:
     """Write `directory/step-00000100`: arrays, metadata, and a manifest of their SHA-256 sums.
 
-    The folder is filled under another name, forced to disk, and renamed when it is whole. The `keep`
+    The folder is filled under another name, forced to disk, and renamed when it is whole. The two
     newest checkpoints stay. `metadata` must be JSON.
     """
     directory = Path(directory)
@@ -421,8 +401,7 @@ def save_checkpoint(
         "state.safetensors": to_safetensors(state),
         "metadata.json": json.dumps(metadata, indent=1).encode(),
     }
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files["manifest.json"] = json.dumps({"sha256": sums}, indent=1).encode()
+    files["manifest.json"] = json.dumps({"sha256": sums_of(files)}, indent=1).encode()
     temporary = directory / ".checkpoint-new"
     temporary.mkdir()
     for name, data in files.items():
@@ -432,7 +411,7 @@ def save_checkpoint(
         remove_checkpoint(final)
     temporary.rename(final)
     sync_folder(directory)
-    for old in checkpoints(directory)[:-keep]:
+    for old in checkpoints(directory)[:-2]:
         remove_checkpoint(old)
     return final
 
@@ -440,24 +419,18 @@ def save_checkpoint(
 def verify_checkpoint(path: Path) -> dict[str, bytes]:
     """The files of a checkpoint, read once and compared with the sums of its manifest.
 
-    Raises ValueError naming the first file that is missing, unreadable or different.
+    Raises OSError for a file that is missing or unreadable, ValueError for one that is damaged; both
+    name it.
     """
+    files = {name: (path / name).read_bytes() for name in ("state.safetensors", "metadata.json")}
+    manifest = path / "manifest.json"
     try:
-        sums = json.loads((path / "manifest.json").read_bytes())["sha256"]
-        names = {"state.safetensors", "metadata.json"}
-        if set(sums) != names:
-            raise ValueError(f"it lists {sorted(sums)}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'manifest.json'}: no usable manifest ({error})") from None
-    files = {}
-    for name, expected in sums.items():
-        try:
-            files[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path / name}: cannot be read ({error.strerror})") from None
-        found = hashlib.sha256(files[name]).hexdigest()
-        if found != expected:
-            raise ValueError(f"{path / name}: SHA-256 is {found}, the manifest says {expected}")
+        expected = json.loads(manifest.read_bytes())["sha256"]
+        damaged = [name for name, found in sums_of(files).items() if found != expected[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest}: no usable manifest ({error!r})") from None
+    if damaged:
+        raise ValueError(f"{path / damaged[0]}: SHA-256 is not that of the manifest")
     return files
 
 
@@ -472,7 +445,7 @@ def load_checkpoint(directory: str | Path, like: TrainState) -> tuple[TrainState
     for path in reversed(checkpoints(directory)):
         try:
             files = verify_checkpoint(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             faults.append(str(error))
             logging.getLogger(__name__).warning("damaged checkpoint skipped: %s", error)
             continue
@@ -538,11 +511,8 @@ class Journal:
 
 def tokens_in(batch: Any) -> int:
     """How many tokens a batch trains on: the size of its "targets", else of its "tokens", else 0."""
-    if isinstance(batch, dict):
-        for name in ("targets", "tokens"):
-            if name in batch:
-                return int(np.size(batch[name]))
-    return 0
+    named = batch if isinstance(batch, dict) else {}
+    return int(np.size(named.get("targets", named.get("tokens", ()))))
 
 
 def record_row(journal: Journal, step: int, model: Any, evaluate: Callable | None) -> None:
@@ -629,12 +599,42 @@ def resume_run(journal: Journal, state: TrainState) -> TrainState:
     return state
 
 
-def check_settings(steps: int, accumulate: int, directory: Any, checkpoint_every: int) -> None:
-    """Raise ValueError, naming the argument, for a run that can't be meant."""
-    if steps < 0 or accumulate < 1:
-        raise ValueError(f"steps={steps} must be >= 0 and accumulate={accumulate} >= 1")
-    if checkpoint_every and directory is None:
-        raise ValueError(f"checkpoint_every={checkpoint_every} needs a directory")
+def after_step(
+    journal: Journal,
+    bar: tqdm,
+    evaluate: Callable | None,
+    every: dict[str, int],
+    steps: int,
+    step: int,
+    state: TrainState,
+) -> None:
+    """Write the row and the checkpoint that are due after a step; after the last one, both are."""
+    due = {name: step == steps or (n > 0 < step and step % n == 0) for name, n in every.items()}
+    measure = evaluate if due["evaluate"] else None
+    logged = journal.rows[-1]["step"] if journal.rows else 0
+    if step > logged and (step == 1 or due["log"] or measure):
+        record_row(journal, step, state.model, measure)
+        shown = {"loss": f"{journal.rows[-1]['loss']:.3f}"}
+        if journal.tokens:
+            shown["tokens/s"] = journal.rows[-1]["tokens_per_second"]
+        bar.set_postfix(shown, refresh=False)
+    bar.update(step - bar.n)
+    if due["checkpoint"]:
+        save_run(journal, state)
+
+
+def draw(batches: Callable[[int], Any], cursor: int, accumulate: int = 1) -> Any:
+    """The next batch, or `accumulate` of them stacked along a new first axis.
+
+    Raises ValueError when the micro-batches of one step differ in shape.
+    """
+    if accumulate == 1:
+        return batches(cursor)
+    drawn = [batches(cursor + i) for i in range(accumulate)]
+    shapes = [jax.tree.map(np.shape, batch) for batch in drawn]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"micro-batches of one step must have equal shapes, got {shapes}")
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *drawn)
 
 
 def run_steps(
@@ -642,55 +642,27 @@ def run_steps(
     advance: Callable,
     batches: Callable[[int], Any],
     journal: Journal,
+    after: Callable[[int, TrainState], None],
     *,
     steps: int,
     seed: int,
     accumulate: int,
-) -> Iterator[tuple[int, TrainState]]:
-    """Yield (steps done, state): first as they are, then after every step up to `steps`."""
-    key = jax.random.key(seed)
-    done, cursor = int(state.step), int(state.cursor)
-    if done > steps:
-        raise ValueError(f"the checkpoint is at step {done}, beyond steps={steps}")
-    yield done, state
-    while done < steps:
-        batch = draw(batches, cursor, accumulate)
-        state, journal.metrics = advance(state, batch, key)
-        journal.tokens += tokens_in(batch)
-        done, cursor = done + 1, cursor + accumulate
-        yield done, state
-
-
-def follow(
-    journal: Journal, run: Iterator, bar: tqdm, evaluate: Callable | None, every: dict, steps: int
 ) -> TrainState:
-    """Go through a run's steps; write rows and checkpoints when they are due."""
-    state = None
+    """Step until `steps` are done, and call `after(step, state)` first and after every step."""
+    key, done, cursor = jax.random.key(seed), int(state.step), int(state.cursor)
     with interrupt_between_steps() as asked:
         try:
-            for done, state in run:
-                last = done == steps
-                due = {name: last or (n > 0 < done and done % n == 0) for name, n in every.items()}
-                measure = evaluate if due["evaluate"] else None
-                logged = journal.rows[-1]["step"] if journal.rows else 0
-                if done > logged and (done == 1 or due["log"] or measure):
-                    record_row(journal, done, state.model, measure)
-                    shown = {"loss": f"{journal.rows[-1]['loss']:.3f}"}
-                    if journal.tokens:
-                        shown["tokens/s"] = journal.rows[-1]["tokens_per_second"]
-                    bar.set_postfix(shown, refresh=False)
-                bar.update(done - bar.n)
-                if due["checkpoint"]:
-                    save_run(journal, state)
-                if asked.is_set() and not last:
+            after(done, state)
+            while done < steps:
+                if asked.is_set():
                     raise KeyboardInterrupt
+                batch = draw(batches, cursor, accumulate)
+                state, journal.metrics = advance(state, batch, key)
+                journal.tokens += tokens_in(batch)
+                done, cursor = done + 1, cursor + accumulate
+                after(done, state)
         except KeyboardInterrupt:
-            torn = any(
-                leaf.is_deleted() for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array))
-            )
-            if (
-                state is not None and not torn
-            ):  # a second Ctrl-C may come while a step overwrites the state
+            if not state.step.is_deleted() and int(state.step) == done:
                 save_run(journal, state)
             raise
     return state
@@ -713,23 +685,28 @@ def fit(
     progress: bool = False,
     config: dict | None = None,
 ) -> tuple[TrainState, list[dict]]:
-    """Train, log, evaluate, checkpoint, and go on from the checkpoint in `directory` if there is one.
+    """Train until `steps` are done (those before a resume count), log, evaluate, checkpoint, resume.
 
-    `loss(model, batch, key)`: see mean_gradient; `batches(cursor)`: a pure function, so that resuming is
-    exact. `evaluate` must not keep the model, whose arrays the next step overwrites. `config` (JSON) is
-    compared on resume. Rows: step 1, every `log_every`, every evaluation, the last. Raises ValueError,
-    FloatingPointError (loss not finite), and KeyboardInterrupt once a checkpoint is written.
+    `loss(model, batch, key)`: see mean_gradient; `batches(cursor)`: a pure function. `evaluate` must not
+    keep the model. Rows: step 1, every `log_every`, every evaluation, the last step (always evaluated,
+    and saved in `directory`): step, loss, grad_norm, tokens, evaluation, seconds. Resuming compares seed,
+    accumulate, `config` (JSON). Raises ValueError, FloatingPointError, KeyboardInterrupt once saved.
     """
-    check_settings(steps, accumulate, directory, checkpoint_every)
+    if steps < 0 or accumulate < 1:
+        raise ValueError(f"steps={steps} must be >= 0 and accumulate={accumulate} >= 1")
+    if checkpoint_every and directory is None:
+        raise ValueError(f"checkpoint_every={checkpoint_every} needs a directory")
     settings = json.loads(json.dumps({"seed": seed, "accumulate": accumulate, "config": config}))
     journal = Journal(None if directory is None else Path(directory), settings)
     state = resume_run(journal, train_state(model, optimizer))
+    if (done := int(state.step)) > steps:
+        raise ValueError(f"the checkpoint is at step {done}, beyond steps={steps}")
     advance = compile_step(make_step(loss, optimizer, accumulate=accumulate), state)
-    count = {"steps": steps, "seed": seed, "accumulate": accumulate}
     every = {"log": log_every, "evaluate": eval_every, "checkpoint": checkpoint_every}
-    with tqdm(total=steps, initial=int(state.step), disable=not progress, unit="step") as bar:
-        run = run_steps(state, advance, batches, journal, **count)
-        return follow(journal, run, bar, evaluate, every, steps), journal.rows
+    count = {"steps": steps, "seed": seed, "accumulate": accumulate}
+    with tqdm(total=steps, initial=done, disable=not progress, unit="step") as bar:
+        after = functools.partial(after_step, journal, bar, evaluate, every, steps)
+        return run_steps(state, advance, batches, journal, after, **count), journal.rows
 
 
 @eqx.filter_jit

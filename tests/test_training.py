@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors
 from jax.experimental.compilation_cache import compilation_cache
 
 from llm_from_scratch import training
@@ -125,7 +126,7 @@ class PowerCut(BaseException):
     """Nothing in the code under test may catch this."""
 
 
-@pytest.mark.parametrize("moment", range(1, 66, 5))
+@pytest.mark.parametrize("moment", range(1, 66, 7))
 def test_crash_at_every_write(tmp_path, monkeypatch, moment):
     """Stop at the n-th system call that changes the disk; what is on disk then resumes exactly."""
     state, rows = reference()
@@ -158,7 +159,7 @@ def reference():
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL, several times, in a process of its own: weights bitwise, the log in all but times."""
     worker = Path(__file__).with_name("resume_worker.py")
-    command = [sys.executable, str(worker), str(tmp_path), "4", "2024"]
+    command = [sys.executable, str(worker), str(tmp_path), "3", "2024"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     resumed = json.loads(done.stdout)
     assert len(resumed) >= 2 and max(resumed) > 0, resumed
@@ -210,6 +211,30 @@ def test_ctrl_c_waits_for_the_step(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_interrupted_in_the_middle_of_a_step(tmp_path, monkeypatch):
+    """A second Ctrl-C while the state is overwritten: nothing half-done is saved, the resume is exact."""
+    real, calls = training.compile_step, iter(range(100))
+
+    def compile_step(step, state):
+        advance = real(step, state)
+
+        def cut(state, batch, key):
+            result = advance(state, batch, key)
+            if next(calls) == 6:
+                raise KeyboardInterrupt
+            return result
+
+        return cut
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "compile_step", compile_step)
+        run(steps=9, directory=tmp_path, checkpoint_every=4)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
+    state, rows = reference()
+    again, same = run(steps=9, directory=tmp_path)
+    assert bits(again) == bits(state) and untimed(same) == untimed(rows)
+
+
 def test_fit_outside_the_main_thread():
     result = []
     thread = threading.Thread(target=lambda: result.append(run(steps=3)))
@@ -242,6 +267,10 @@ DAMAGE = {
     "empty manifest": ("manifest.json", lambda p: p.write_bytes(b"")),
     "strange manifest": ("manifest.json", lambda p: p.write_bytes(b"[1]")),
     "manifest without files": ("manifest.json", lambda p: p.write_bytes(b'{"sha256": {}}')),
+    "manifest without sums": (
+        "manifest.json",
+        lambda p: p.write_bytes(b'{"sha256": ["state.safetensors", "metadata.json"]}'),
+    ),
 }
 
 
@@ -375,6 +404,18 @@ def test_weights_read_by_another_reader(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 "
+    "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool".split(),
+)
+def test_dtype_names_are_those_of_the_format(dtype):
+    """Our name for a dtype against the one that the library writes into its header."""
+    array = np.zeros(3, jnp.dtype(dtype))
+    stored = dict(safetensors.deserialize(training.safetensors_bytes({"a": array})))
+    assert training.safetensors_dtype(array) == stored["a"]["dtype"]
+
+
 def test_bad_weights(tmp_path):
     path = tmp_path / "w.safetensors"
     model = {"a": jnp.ones((2, 3)), "b": jnp.ones(4, jnp.bfloat16), "c": jnp.ones(1)}
@@ -413,10 +454,6 @@ def test_callers_arrays_survive_donation():
     batch = jax.tree.map(jnp.array, batches(0))
     fit(model, loss, lambda cursor: batch, optimizer(), steps=3)
     assert bits(model) == before and float(batch["x"].sum()) != 0
-
-
-def noiseless(model, batch, key):
-    return loss(model, batch, jax.random.key(0))
 
 
 def whole(cursor):
@@ -460,7 +497,7 @@ def test_accumulation_weighs_micro_batches_by_their_targets():
 
 
 def test_accumulation_in_fp32():
-    """256 equal bf16 gradients: a bf16 sum would stop growing long before the end."""
+    """1,000 equal bf16 gradients: a bf16 sum would stop growing at 256."""
 
     def linear(model, batch, key):
         return jnp.sum(model["w"] * batch["x"])
@@ -538,7 +575,74 @@ def test_find_learning_rate():
     assert 1.0 < rates[int(np.argmin(losses))] < 2.5
 
 
+@pytest.mark.parametrize("bad", [{"low": 0.0}, {"low": 20.0}, {"steps": 1}])
+def test_find_learning_rate_refuses(bad):
+    with pytest.raises(ValueError, match="low=.*high=.*steps="):
+        find_learning_rate({"w": jnp.ones(3)}, loss, batches, optax.sgd, **bad)
+
+
 def test_train_state_is_a_pytree():
     state = train_state(Small(key=jax.random.key(0)), optimizer())
     assert isinstance(state, TrainState) and state.step.dtype == jnp.int32
     assert isinstance(jax.tree.map(lambda x: x, state), TrainState)
+
+
+def small_lm(direct=True):
+    return training.NeuralLM(3, 4, 5, direct=direct, key=jax.random.key(1))
+
+
+def test_byte_windows():
+    """Every byte once, START before each document, nothing from the document before."""
+    contexts, targets = training.byte_windows([b"abc", b"", b"de"], 2)
+    start = training.START
+    assert targets.tolist() == [97, 98, 99, 100, 101]
+    expected = [[start, start], [start, 97], [97, 98], [start, start], [start, 100]]
+    assert contexts.tolist() == expected
+    assert contexts.dtype == targets.dtype == np.int32
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_neural_lm(direct):
+    """The model against the paper's equation 1 in NumPy, and a distribution over the bytes."""
+    model = small_lm(direct)
+    model = eqx.tree_at(lambda m: (m.d, m.b), model, (jnp.arange(5.0) / 9, jnp.arange(256.0) / 99))
+    if direct:
+        model = eqx.tree_at(lambda m: m.W, model, jnp.sin(jnp.arange(256.0 * 12)).reshape(256, 12))
+    C, H, d, U, b = (np.asarray(getattr(model, name), np.float64) for name in "CHdUb")
+    x = np.concatenate([C[65], C[256], C[65]])
+    z = b + U @ np.tanh(d + H @ x) + (np.asarray(model.W, np.float64) @ x if direct else 0)
+    np.testing.assert_allclose(model(jnp.array([65, 256, 65])), z, atol=1e-5)
+    every_end = [b"To be, or no" + bytes([end]) for end in range(256)]
+    log_p = training.byte_log_probs(model, every_end).reshape(256, 13)
+    assert np.exp(log_p[:, -1]).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_byte_log_probs_does_not_depend_on_the_chunks():
+    documents = [b"To be, or not to be", b"", b"that is the question"]
+    model = small_lm()
+    whole = training.byte_log_probs(model, documents, chunk=64)
+    parts = training.byte_log_probs(model, documents, chunk=7)
+    assert whole.shape == (39,) and whole.dtype == np.float64
+    np.testing.assert_allclose(whole, parts, atol=1e-6)
+    alone = training.byte_log_probs(model, documents[2:], chunk=7)
+    np.testing.assert_allclose(whole[19:], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_backpropagate(direct):
+    """By hand against jax.grad, with a byte that fills a whole window."""
+    model = small_lm(direct)
+    contexts, targets = training.byte_windows([b"oooo, no; o no, so"], 3)
+    batch = {"contexts": jnp.array(contexts), "targets": jnp.array(targets)}
+    by_hand = training.backpropagate(model, batch["contexts"], batch["targets"])
+    by_jax = jax.grad(training.next_byte_loss)(model, batch, None)
+    assert jax.tree.structure(by_hand) == jax.tree.structure(by_jax)
+    for name, array in named_arrays(by_jax).items():
+        np.testing.assert_allclose(named_arrays(by_hand)[name], array, atol=1e-6, err_msg=name)
+        assert np.abs(array).max() > 1e-4
+
+
+def test_first_loss_is_that_of_the_uniform_distribution():
+    model = training.NeuralLM(5, 16, 128, key=jax.random.key(0))
+    log_p = training.byte_log_probs(model, [bytes(range(256)) * 4])
+    assert -log_p.mean() == pytest.approx(np.log(256), abs=0.02)

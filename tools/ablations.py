@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import equinox as eqx
@@ -91,6 +91,22 @@ def with_gelu(model: Llama, key: jax.Array) -> Llama:
     keys = jax.random.split(key, model.config.n_layers)
     new = [GeluFeedForward(model.config.dim, key=k, out_scale=scale) for k in keys]
     return eqx.tree_at(lambda m: [b.feed_forward for b in m.blocks], model, new)
+
+
+def with_wide_inputs(model: Llama, key: jax.Array) -> Llama:
+    """Feed-forward inputs with σ = 1/√D, so that their products start at size 1, not 0.02·√D."""
+    names = ("w_gate", "w_up", "w_in")
+    scale = model.config.dim**-0.5 / 0.02
+
+    def inputs(model):
+        layers = [b.feed_forward for b in model.blocks]
+        return [getattr(f, name) for f in layers for name in names if hasattr(f, name)]
+
+    return eqx.tree_at(inputs, model, [scale * w for w in inputs(model)])
+
+
+def with_wide_gelu(model: Llama, key: jax.Array) -> Llama:
+    return with_wide_inputs(with_gelu(model, key), key)
 
 
 def with_post_norm(model: Llama, key: jax.Array) -> Llama:
@@ -201,6 +217,8 @@ ARMS = {
     "base": Arm(BASE),
     "layer norm": Arm(BASE, change=with_layer_norm),
     "gelu": Arm(BASE, change=with_gelu),
+    "wide swiglu": Arm(BASE, change=with_wide_inputs),
+    "wide gelu": Arm(BASE, change=with_wide_gelu),
     "4 kv heads": Arm(vary(BASE, n_kv_heads=4)),
     "1 kv head": Arm(vary(BASE, n_kv_heads=1)),
     "tied": Arm(vary(BASE, tie_embeddings=True)),
@@ -236,7 +254,7 @@ def schedule(arm: Arm) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, arm.warmup, arm.steps, peak / 10)
 
 
-def train(name: str, seed: int, steps: int | None = None) -> tuple[Llama, dict]:
+def train(name: str, seed: int) -> tuple[Llama, dict]:
     """Train one arm with one seed; the model, and the row that is stored of it."""
     arm = ARMS[name]
     model_key, change_key = jax.random.split(jax.random.key(seed))
@@ -246,24 +264,32 @@ def train(name: str, seed: int, steps: int | None = None) -> tuple[Llama, dict]:
     )
     size = count_parameters(model)
     batches = arm.batches(arm, seed)
-    state, rows = fit(model, loss_of, batches, optimizer, steps=steps or arm.steps, seed=seed)
-    held_out = arm.validation(arm, seed)
-    nats = np.concatenate([np.asarray(token_losses(state.model, b)) for b in held_out])
-    asked = np.concatenate([b["targets"] >= 0 for b in held_out])
-    asked[:, : arm.score_from] = False
-    value = nats[asked].mean() / (np.log(2) if arm.unit == "bits per byte" else 1)
+    state, rows = fit(model, loss_of, batches, optimizer, steps=arm.steps, seed=seed)
+    measured = measure(state.model, arm, seed)
     row = {
         "arm": name,
         "seed": seed,
-        "value": round(float(value), 5),
+        "value": measured.pop("value"),
         "unit": arm.unit,
         "parameters": size,
         "train_loss": round(float(rows[-1]["loss"]), 5),
     }
+    command = {"command": f'{COMMAND} --arm "{name}"'}
+    return state.model, row | measured | describe(arm) | command
+
+
+def measure(model: Llama, arm: Arm, seed: int) -> dict[str, float]:
+    """The validation value of a trained arm, in its unit; and within the trained context."""
+    held_out = arm.validation(arm, seed)
+    nats = np.concatenate([np.asarray(token_losses(model, b)) for b in held_out])
+    asked = np.concatenate([b["targets"] >= 0 for b in held_out])
+    asked[:, : arm.score_from] = False
+    value = nats[asked].mean() / (np.log(2) if arm.unit == "bits per byte" else 1)
+    found = {"value": round(float(value), 5)}
     if arm.score_from:
         near = nats[:, : arm.context].mean() / np.log(2)
-        row["value_in_context"] = round(float(near), 5)
-    return state.model, row | describe(arm) | {"command": f'{COMMAND} --arm "{name}"'}
+        found["value_in_context"] = round(float(near), 5)
+    return found
 
 
 def describe(arm: Arm) -> dict:
@@ -273,40 +299,47 @@ def describe(arm: Arm) -> dict:
     return plain | named | {"config": dataclasses.asdict(arm.config)}
 
 
-def stored() -> list[dict]:
-    """The rows of results/ablations.json."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def stored(path: Path) -> list[dict]:
+    """The rows of a results file."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
-def save(rows: list[dict]) -> None:
-    order = {name: i for i, name in enumerate(ARMS)}
-    rows = sorted(rows, key=lambda r: (order[r["arm"]], r["seed"]))
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    temporary = RESULTS.with_suffix(".tmp")
+def save(path: Path, rows: list[dict], names: Iterable[str]) -> None:
+    """Write the rows, one a line, in the order of the arms and seeds; a whole file or none."""
+    found = {(row["arm"], row["seed"]): row for row in rows}
+    ordered = [found[arm, seed] for arm in names for seed in SEEDS if (arm, seed) in found]
+    lines = ",\n".join(json.dumps(row) for row in ordered)
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(f"[\n{lines}\n]\n")
-    os.replace(temporary, RESULTS)
+    os.replace(temporary, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=ARMS, help="only this arm")
+def run_arms(about: str, path: Path, recipes: dict[str, dict], train: Callable) -> None:
+    """The command line of an ablation: make and store the rows that are missing.
+
+    `recipes`: arm → what its rows depend on, as JSON; a stored row of another recipe is dropped.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--arm", choices=recipes, help="only this arm")
     parser.add_argument("--fresh", action="store_true", help="also make the rows that are there")
     options = parser.parse_args()
-    names = [options.arm] if options.arm else list(ARMS)
-    current = {name: json.loads(json.dumps(describe(ARMS[name]))) for name in ARMS}
-    rows = [r for r in stored() if r["arm"] in ARMS]  # a row whose recipe changed is not kept
-    rows = [r for r in rows if all(r.get(k) == v for k, v in current[r["arm"]].items())]
+    names = [options.arm] if options.arm else list(recipes)
+    recipes = json.loads(json.dumps(recipes))
+
+    def current() -> list[dict]:
+        known = [row for row in stored(path) if row["arm"] in recipes]
+        return [row for row in known if recipes[row["arm"]].items() <= row.items()]
+
     if options.fresh:
-        rows = [r for r in rows if r["arm"] not in names]
-    done = {(r["arm"], r["seed"]) for r in rows}
+        save(path, [row for row in current() if row["arm"] not in names], recipes)
     for name in names:
         for seed in SEEDS:
-            if (name, seed) not in done:
-                _, row = train(name, seed)
-                rows.append(row)
-                save(rows)
-                print(f"{name:20s} seed {seed}  {row['value']:.4f} {row['unit']}", flush=True)
+            if any((row["arm"], row["seed"]) == (name, seed) for row in current()):
+                continue
+            _, row = train(name, seed)
+            save(path, [*current(), row], recipes)
+            print(f"{name:20s} seed {seed}  {row['value']:.4f} {row['unit']}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_arms(__doc__, RESULTS, {name: describe(arm) for name, arm in ARMS.items()}, train)

@@ -176,8 +176,8 @@ def ledger_text(root: Path = ROOT) -> str:
         "`make ledger` from the executed notebooks.\n",
         f"**{one_line(root)}**\n",
         "*reproduced*: the effect is there as worded. *weaker*: there, but smaller than predicted. "
-        "*absent*: not there at this scale.\n*simulated only*: the mechanism is shown without the "
-        "hardware or the people it needs. *derived*: follows by arithmetic.\n*paper inconsistent*: the "
+        "*absent*: the 95 % interval does\nnot show it: no effect, the wrong sign, or too noisy to tell. *simulated only*: the mechanism is shown without the "
+        "hardware or the people it needs.\n*derived*: follows by arithmetic. *paper inconsistent*: the "
         "paper's own numbers disagree.\n",
     ]
     rows = [e for e in inventory() if e["id"].startswith("L")]
@@ -208,7 +208,7 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
     path = root / "results" / "chapters.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     table = [
-        "| chapter | what you build | the number it reaches | cold seconds | GB |",
+        "| chapter | what you build | the numbers it reaches | seconds, cold | memory, GB |",
         "|---|---|---|---|---|",
     ]
     for script in scripts(root):
@@ -227,8 +227,18 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
         "ledger": f"**{one_line(root)}** Every row, with what was predicted and what was measured: "
         "[LEDGER.md](LEDGER.md).",
         "chapters": "\n".join(table),
+        "bits_per_byte": bits_table(numbers),
         "mini_llama": mini_llama(root),
     }
+
+
+def bits_table(numbers: dict[str, dict]) -> str:
+    """README's table of every model that predicts the validation plays, worst first."""
+    rows = [(n["value"], name, n) for name, n in numbers.items() if n["unit"] == "bits per byte"]
+    lines = ["| model | bits per byte | chapter | |", "|---|---|---|---|"]
+    for value, name, of in sorted(rows, reverse=True):
+        lines.append(f"| {name} | {value:.3f} | {of['chapter'][:2]} | {of['note']} |")
+    return "\n".join(lines)
 
 
 def mini_llama(root: Path = ROOT) -> str:
