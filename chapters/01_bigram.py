@@ -562,6 +562,10 @@ def kneser_ney(count, total, types, discount: float, lower: np.ndarray) -> np.nd
     return np.where(total > 0, kept + handed_on * lower, lower)
 
 
+# %% [markdown]
+# The counts $a$ of the lower orders come from the tables that we have: each different n-gram of the order above is one left neighbour.
+
+
 # %%
 #| export
 def continuation_tables(tables: list[Table]) -> list[Table]:
@@ -611,6 +615,8 @@ def smoothed(
     `tables`, of the orders 1 to n: `count_tables`, for Kneser–Ney `continuation_tables` of them.
     `parameters`: [k] for add-k, n weights for interpolation, n discounts for Kneser–Ney.
     """
+    if not tables:
+        raise ValueError("nothing has been counted yet: call fit first")
     if method == "add-k":
         count, total, _ = tables[-1].look(contexts, targets)
         return add_k(count, total, parameters[0])
@@ -625,6 +631,12 @@ def smoothed(
     return p
 
 
+# %% [markdown]
+# Impossible models are refused, with a message that says what would be possible.
+
+
+# %%
+#| export
 def _check_model(n: int, method: str, parameters: Sequence[float] | None) -> None:
     """Raise ValueError for an impossible order, method or parameter."""
     if not 1 <= n <= 6:
@@ -639,6 +651,13 @@ def _check_model(n: int, method: str, parameters: Sequence[float] | None) -> Non
             raise ValueError(
                 f"{method} of order {n} needs {wanted} numbers from 0 to {top}, got {list(parameters)}"
             )
+
+
+def _up_to(tables: list[Table], n: int) -> list[Table]:
+    """The tables of the orders 1 to n. Raises ValueError if there are fewer."""
+    if len(tables) < n:
+        raise ValueError(f"order {n} needs tables 1 to {n}, got {len(tables)} tables")
+    return tables[:n]
 
 
 # %% [markdown]
@@ -664,38 +683,26 @@ class NGram:
         self._estimate = self.parameters is None  # the discounts, at every fit
 
     def fit(self, documents: Iterable[bytes], tables: list[Table] | None = None) -> "NGram":
-        """Count the documents and return the model.
-
-        Given `tables`, `count_tables` of at least order n, it takes those and ignores the documents.
-        Raises ValueError for tables of too low an order, or for interpolation without weights.
-        """
+        """Count the documents, or take `tables` (`count_tables` of order ≥ n) in their place."""
         if self.method == "interpolation" and self.parameters is None:
             raise ValueError("interpolation needs weights: parameters=tune(...)")
-        counted = count_tables(documents, self.n) if tables is None else tables[: self.n]
-        if len(counted) < self.n:
-            raise ValueError(
-                f"order {self.n} needs tables 1 to {self.n}, got {len(counted)} tables"
-            )
+        counted = count_tables(documents, self.n) if tables is None else _up_to(tables, self.n)
         self.tables = continuation_tables(counted) if self.method == "kneser-ney" else counted
         if self._estimate:
             self.parameters = [discount_of(table) for table in self.tables]
         return self
 
-    def _p(self, contexts: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        if not self.tables:
-            raise ValueError("the model has counted nothing yet: call fit first")
-        return smoothed(self.tables, self.method, self.parameters, contexts, targets)
-
     def log_prob(self, documents: Iterable[bytes]) -> np.ndarray:
         """Natural log of the probability of every byte of the documents, in order; −inf for zero."""
+        p = smoothed(self.tables, self.method, self.parameters, *windows(documents, self.n))
         with np.errstate(divide="ignore"):
-            return np.log(self._p(*windows(documents, self.n)))
+            return np.log(p)
 
     def probabilities(self, context: bytes = b"") -> np.ndarray:
         """The distribution of the next byte, shape (256,), after a document that begins `context`."""
         code = windows([context + b"\0"], self.n)[0][-1:]
         contexts, targets = np.repeat(code, BYTES), np.arange(BYTES)
-        return self._p(contexts, targets)
+        return smoothed(self.tables, self.method, self.parameters, contexts, targets)
 
 
 # %% [markdown]

@@ -1171,7 +1171,7 @@ for piece in sorted(split_off, key=split_off.get, reverse=True)[:4]:
 assert after[ranks[b"be"]] == 0
 
 # %% [markdown]
-# Never. The prompt with the space asks for a sequence that the encoder does not produce. Where a word did follow a lone space in training, it was a rarer one, such as these, for which no merge took the space in; that is what a model has learned to expect there. So prompts are stripped on the right, or encoded together with their continuation.
+# Never. The prompt with the space asks for a sequence that the encoder does not produce. Where a word did follow a lone space in training, it was a rarer form, such as these, for which no merge took the space in; that is what a model has learned to expect there. So prompts are stripped on the right, or encoded together with their continuation.
 #
 # **Many encodings, one text.** Decoding is a function; encoding picks one of many sequences that decode to the same text. How many are there for the line? Count by dynamic programming: $w_0 = 1$ and $w_j = \sum_i w_i$ over all $i < j$ for which the bytes $i$ to $j$ are a token.
 

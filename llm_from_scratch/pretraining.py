@@ -51,9 +51,8 @@ class PackedBatches:
     """Batches of a packed stream: batch number `cursor` is a pure function of cursor and seed.
 
     Each epoch cuts the stream into windows of `context` tokens at a new random offset and visits
-    them in a new random order. A batch is a dict of int32 arrays (batch, context): tokens, targets
-    (the next tokens, −1 where the next token begins another document) and segments.
-    Raises ValueError if the stream is too short for one batch.
+    them in a new order. A batch is a dict of int32 arrays (batch, context): tokens, targets (the
+    next tokens, −1 before another document) and segments. Raises ValueError for a short stream.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -64,34 +63,27 @@ class PackedBatches:
 
     def __post_init__(self):
         if self.per_epoch < 1:
-            raise ValueError(
-                f"{len(self.tokens)} tokens are too few for one batch of {self.batch} windows of "
-                f"{self.context} tokens, which takes {(self.batch + 1) * self.context}"
-            )
+            need = (self.batch + 1) * self.context
+            raise ValueError(f"{len(self.tokens)} tokens are too few: a batch takes {need}")
 
     @property
     def per_epoch(self) -> int:
-        """Batches in an epoch; the rest of the stream, less than a batch, waits for another epoch."""
-        return (len(self.tokens) - self.context) // self.context // self.batch
+        """Batches in an epoch; what is left, less than a batch, waits for another epoch."""
+        return (len(self.tokens) // self.context - 1) // self.batch
 
     def order(self, epoch: int) -> Int[np.ndarray, " windows"]:
         """Where this epoch's windows start, in the order of visiting."""
         random = np.random.default_rng([self.seed, epoch])
         offset = random.integers(self.context)
-        windows = (len(self.tokens) - self.context) // self.context
-        return offset + self.context * random.permutation(windows)
+        return offset + self.context * random.permutation(len(self.tokens) // self.context - 1)
 
     def __call__(self, cursor: int) -> dict[str, Int[np.ndarray, "B T"]]:
         epoch, number = divmod(cursor, self.per_epoch)
         starts = self.order(epoch)[number * self.batch : (number + 1) * self.batch]
         at = starts[:, None] + np.arange(self.context + 1)
         tokens, segments = self.tokens[at], self.segments[at]
-        same = segments[:, 1:] == segments[:, :-1]
-        return {
-            "tokens": tokens[:, :-1],
-            "targets": np.where(same, tokens[:, 1:], -1),
-            "segments": segments[:, :-1],
-        }
+        targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
+        return {"tokens": tokens[:, :-1], "targets": targets, "segments": segments[:, :-1]}
 
 
 def decayed(params):
@@ -166,8 +158,13 @@ def model_bits_per_byte(
 
     Every token is predicted once, with at least context − stride + 1 tokens before it (or all there
     are); stride is half the context if not given. The same bytes count whatever the tokenizer.
+    Raises ValueError for no text, a bad stride, and a context beyond the model's max_seq_len.
     """
-    stride = context // 2 if stride is None else stride
+    stride = max(1, context // 2) if stride is None else stride
+    if not texts:
+        raise ValueError("model_bits_per_byte needs at least one text, got none")
+    if context > model.config.max_seq_len:
+        raise ValueError(f"context={context} exceeds max_seq_len={model.config.max_seq_len}")
     documents = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     parts = [evaluation_windows(ids, context, stride) for ids in documents]
     tokens, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -208,7 +205,8 @@ def sample(
     """Let the model continue a prompt, token by token through a KV cache, up to EOS or max_tokens.
 
     Temperature 0 takes the likeliest token. The same seed gives the same text. Raises ValueError if
-    BOS, prompt and max_tokens exceed the model's max_seq_len, and for a negative temperature.
+    BOS, prompt and max_tokens exceed the model's max_seq_len, for a negative temperature, and for
+    max_tokens below 1.
     """
     ids = tokenizer.encode(prompt, bos=True)
     if (total := len(ids) + max_tokens) > model.config.max_seq_len:
@@ -216,8 +214,10 @@ def sample(
             f"{len(ids)} prompt tokens + max_tokens={max_tokens} = {total}, but the model reads at "
             f"most {model.config.max_seq_len}"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if temperature < 0 or max_tokens < 1:
+        raise ValueError(
+            f"temperature must be 0 or more and max_tokens 1 or more, got {temperature}, {max_tokens}"
+        )
     key, written = jax.random.key(seed), []
     cache = init_cache(model.config, (), model.config.max_seq_len, model.embedding.dtype)
     logits, cache = next_logits(model, jnp.array(ids, jnp.int32), cache)
@@ -235,7 +235,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run depends on; two runs of one recipe give the same weights.
+    """What a training run depends on: two runs of one recipe on one machine give the same weights.
 
     `batch` counts windows of `context` tokens, `steps`, `warmup`, `eval_every` and `checkpoint_every`
     count optimiser steps, `peak` is the largest learning rate.
@@ -269,8 +269,9 @@ RECIPES = {
         batch=4,
         context=256,
         steps=3200,
-        peak=2e-3,
+        peak=3e-3,
         warmup=200,
+        weight_decay=0.5,
         eval_every=400,
         checkpoint_every=100,
     ),
@@ -287,10 +288,22 @@ RECIPES = {
 }
 
 
-def course_tokenizer(vocab_size: int) -> Tokenizer:
-    """The BPE tokenizer of the training plays: 256 bytes, merges, 16 special tokens."""
-    texts = [play.text for play in datasets.plays("train")]
-    return Tokenizer(train_bpe(texts, vocab_size - len(COURSE_SPECIAL)), COURSE_SPECIAL)
+def course_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """The BPE tokenizer of the training plays, from a run's folder; trained first if it is not there.
+
+    256 bytes, merges, 16 special tokens. Raises ValueError for one of another size.
+    """
+    path = directory / "tokenizer.model"
+    if not path.exists():
+        texts = [play.text for play in datasets.plays("train")]
+        Tokenizer(train_bpe(texts, vocab_size - len(COURSE_SPECIAL)), COURSE_SPECIAL).save(path)
+    tokenizer = Tokenizer.load(path, COURSE_SPECIAL)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} ids, the model vocab_size={vocab_size}: remove the "
+            "file or use another folder"
+        )
+    return tokenizer
 
 
 def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
@@ -305,10 +318,21 @@ def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
     save_weights(directory / "model.safetensors", model)
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError naming the file if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, not an object")
+    return found
+
+
 def read_config(path: Path) -> LlamaConfig:
     """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
     try:
-        fields = json.loads(path.read_text())
+        fields = read_json(path)
         scaling = fields.pop("rope_scaling")
         return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -326,7 +350,7 @@ def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
             raise FileNotFoundError(f"{directory / name} is missing: this is no saved model")
     config = read_config(directory / "config.json")
     like = Llama(config, key=jax.random.key(0))
-    special = json.loads((directory / "special_tokens.json").read_text())
+    special = read_json(directory / "special_tokens.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.model", special)
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
@@ -336,20 +360,20 @@ def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
     return load_weights(directory / "model.safetensors", like), tokenizer
 
 
+FIT_OPTIONS = ("steps", "seed", "accumulate", "eval_every", "checkpoint_every")
+
+
 def train(
     recipe: Recipe, directory: str | Path, *, progress: bool = False
 ) -> tuple[Llama, Tokenizer, list[dict]]:
     """Run a recipe on the training plays in a folder, or go on from the folder's last checkpoint.
 
-    Leaves a model that `load` reads, the checkpoints, and log.jsonl. Returns model, tokenizer, rows.
-    Raises ValueError if the folder holds a run of another recipe.
+    Leaves a model that `load` reads, checkpoints and log.jsonl. Returns model, tokenizer, log rows.
+    Raises ValueError if the folder holds another recipe's run or a tokenizer of another size.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "tokenizer.model"
-    if not path.exists():
-        course_tokenizer(recipe.model.vocab_size).save(path)
-    tokenizer = Tokenizer.load(path, COURSE_SPECIAL)
+    tokenizer = course_tokenizer(directory, recipe.model.vocab_size)
     documents = [tokenizer.encode(play.text) for play in datasets.plays("train")]
     stream = pack(documents, tokenizer.bos_id, tokenizer.eos_id)
     held_out = [play.text for play in datasets.plays("validation")]
@@ -358,25 +382,22 @@ def train(
         bits = model_bits_per_byte(model, tokenizer, held_out, context=recipe.context)
         return {"validation_bits_per_byte": bits}
 
+    optimizer = make_optimizer(
+        steps=recipe.steps,
+        peak=recipe.peak,
+        warmup=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+    )
     state, rows = fit(
         Llama(recipe.model, key=jax.random.key(recipe.seed)),
         next_token_loss,
         PackedBatches(*stream, recipe.batch, recipe.context, recipe.seed),
-        make_optimizer(
-            steps=recipe.steps,
-            peak=recipe.peak,
-            warmup=recipe.warmup,
-            weight_decay=recipe.weight_decay,
-        ),
-        steps=recipe.steps,
-        seed=recipe.seed,
-        accumulate=recipe.accumulate,
+        optimizer,
         evaluate=evaluate,
-        eval_every=recipe.eval_every,
         directory=directory,
-        checkpoint_every=recipe.checkpoint_every,
         progress=progress,
         config=dataclasses.asdict(recipe),
+        **{name: getattr(recipe, name) for name in FIT_OPTIONS},
     )
     save(directory, state.model, tokenizer)
     return state.model, tokenizer, rows
