@@ -46,7 +46,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save as safetensors_bytes
 from tqdm import tqdm
 
-from llm_from_scratch.bigram import BYTES, START, bits_per_byte
+from llm_from_scratch.bigram import BYTES, START
 
 # %%
 import tempfile
@@ -54,7 +54,7 @@ import tempfile
 import matplotlib.pyplot as plt
 
 from llm_from_scratch import ledger
-from llm_from_scratch.bigram import NGram
+from llm_from_scratch.bigram import NGram, bits_per_byte
 from llm_from_scratch.datasets import plays
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})

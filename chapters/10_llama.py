@@ -422,7 +422,7 @@ now = LINE.rindex("o")
 query, earlier, following = 160 * one_hot[now], one_hot[:now], one_hot[1 : now + 1]
 match = np.exp(earlier @ query / 256**0.5)
 read = match / match.sum() @ following
-print({chr(b): f"{read[b]:.2f}" for b in np.argsort(-read)[:3]})
+print({byte: f"{read[ord(byte)]:.2f}" for byte in " rt"})
 assert abs(read[ord(" ")] - 0.5) < 0.01 and abs(read[ord("r")] - 0.25) < 0.01
 
 # %% [markdown]

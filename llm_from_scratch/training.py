@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import save as safetensors_bytes
 from tqdm import tqdm
 
-from llm_from_scratch.bigram import BYTES, START, bits_per_byte
+from llm_from_scratch.bigram import BYTES, START
 
 
 def byte_windows(documents: Iterable[bytes], n: int) -> tuple[np.ndarray, np.ndarray]:
