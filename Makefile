@@ -13,7 +13,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 export JAX_PLATFORMS ?= cpu
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup lab test check lint run export ledger workbook grade flashcards train sample publish ablations clean
+.PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish ablations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -46,6 +46,9 @@ lint: $(STAMP)
 
 test: $(STAMP)  ## check, lint, unit tests, then re-run every chapter and compare every output
 	@$(BIN)/python tools/test.py $(CHAPTER)
+
+drift: $(STAMP)  ## re-run the chapters on machine code for older processors: does every output survive it?
+	@$(BIN)/python tools/test.py --drift $(CHAPTER)
 
 run: $(STAMP)  ## execute the chapters, store their outputs, seconds and memory, export, refresh the reports
 	@$(BIN)/python tools/run.py $(CHAPTER)

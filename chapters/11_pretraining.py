@@ -526,11 +526,11 @@ def evaluate(model):
     return {"validation_bits_per_byte": bits}
 
 
-optimizer = make_optimizer(steps=STEPS, peak=1e-2, warmup=50)
+optimizer = make_optimizer(steps=STEPS, peak=5e-3, warmup=50)
 options = {"evaluate": evaluate, "log_every": 5}
 state, rows = fit(model, next_token_loss, batches, optimizer, steps=STEPS, **options)
 live = rows[-1]["validation_bits_per_byte"]
-print(f"after {rows[-1]['tokens']:,} tokens: {live:.2f} bits per byte on the validation plays")
+print(f"after {rows[-1]['tokens']:,} tokens: {live:.1f} bits per byte on the validation plays")
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
@@ -541,7 +541,8 @@ right.axhline(1.0, color="black", lw=0.8, ls="--")
 right.set(xlabel="step", ylabel="norm of the gradient", title="before clipping at 1", yscale="log")
 fig.tight_layout()
 plt.show()
-print(f"training loss {rows[0]['loss']:.2f} → {rows[-1]['loss']:.2f} nats per token")
+last = np.mean([r["loss"] for r in rows[-20:]])
+print(f"training loss {rows[0]['loss']:.2f} → {last:.1f} nats per token")
 
 # %% [markdown]
 # On the left the loss falls fast while the model learns which tokens are frequent, then slowly. On the right the norm of the gradient, with the clip at
@@ -551,7 +552,11 @@ print(f"training loss {rows[0]['loss']:.2f} → {rows[-1]['loss']:.2f} nats per 
 
 # %%
 ledger.result(
-    "small Llama, live in chapter 11", live, "bits per byte", "0.12M parameters, 0.5M tokens"
+    "small Llama, live in chapter 11",
+    live,
+    "bits per byte",
+    "0.12M parameters, 0.5M tokens",
+    digits=1,
 )
 stored = ledger.results()
 names = ["gzip cold", "bigram", "xz primed", "best n-gram", "neural LM (Bengio)"]
@@ -559,7 +564,8 @@ for name in names:
     print(
         f"{name:20s} {stored[name]['value']:.3f}  (stored, chapter {stored[name]['chapter'][:2]})"
     )
-print(f"{'small Llama, live':20s} {live:.3f}")
+print(f"{'small Llama, live':20s} {live:.1f}")
+assert stored["best n-gram"]["value"] < live < stored["bigram"]["value"]
 
 # %% [markdown]
 # The prediction holds: below the bigram, well above the best n-gram, and near the neural model of chapter 03. It is not surprising
@@ -577,9 +583,11 @@ by_stride = {
     stride: model_bits_per_byte(state.model, tokenizer, opening, context=64, stride=stride)
     for stride in (64, 32, 16, 4)
 }
+print(f"no overlap: {by_stride[64]:.1f} bits per byte")
 for stride, bits in by_stride.items():
     print(
-        f"stride {stride:2d}, at least {65 - stride:2d} tokens of context: {bits:.3f} bits per byte"
+        f"stride {stride:2d}, at least {65 - stride:2d} tokens of context: "
+        f"{by_stride[64] - bits:.2f} bits per byte better"
     )
 assert by_stride[64] > by_stride[32] and abs(by_stride[32] - by_stride[4]) < 0.01
 
@@ -786,22 +794,24 @@ def sample(
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
-    max_tokens: int = 200,
+    max_tokens: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
     """Let the model continue a prompt, token by token through a KV cache, up to EOS or max_tokens.
 
-    Temperature 0 takes the likeliest token. The same seed gives the same text. Raises ValueError if
-    BOS, prompt and max_tokens exceed the model's max_seq_len, for a negative temperature, and for
-    max_tokens below 1.
+    Without max_tokens it writes as far as its max_seq_len allows. Temperature 0 takes the likeliest
+    token. The same seed gives the same text. Raises ValueError if BOS, prompt and max_tokens exceed
+    max_seq_len, for a negative temperature, and for max_tokens below 1.
     """
     ids = tokenizer.encode(prompt, bos=True)
-    if (total := len(ids) + max_tokens) > model.config.max_seq_len:
+    limit = model.config.max_seq_len
+    if len(ids) + (max_tokens or 1) > limit:
         raise ValueError(
-            f"{len(ids)} prompt tokens + max_tokens={max_tokens} = {total}, but the model reads at "
-            f"most {model.config.max_seq_len}"
+            f"{len(ids)} prompt tokens and max_tokens={max_tokens} do not fit: the model reads at "
+            f"most {limit}"
         )
+    max_tokens = limit - len(ids) if max_tokens is None else max_tokens
     if temperature < 0 or max_tokens < 1:
         raise ValueError(
             f"temperature must be 0 or more and max_tokens 1 or more, got {temperature}, {max_tokens}"
@@ -821,7 +831,11 @@ def sample(
     return tokenizer.decode(written)
 
 
-# %%
+# %% [markdown]
+# What it writes depends on the last bits of the weights, which differ from one kind of processor to another. So this output, unlike the others, is not compared when
+# the chapter is tested.
+
+# %% tags=["nbval-ignore-output"]
 print(sample(state.model, tokenizer, "ROMEO\n", max_tokens=100, seed=1))
 
 # %%
@@ -831,7 +845,7 @@ for _ in range(12):  # the slow way: everything again for every token
     padded = jnp.array(ids + [0] * (64 - len(ids)))  # what comes later is never seen
     ids.append(int(forward(padded)[len(ids) - 1].argmax()))
 assert tokenizer.decode(ids[-12:]) == greedy
-print("with the cache and without it the same:", repr(greedy))
+print("twelve tokens with the cache and without it: the same")
 
 # %% [markdown]
 # The cache and the slow way agree token for token. The text above has line breaks and many short words after half a million tokens; sense
@@ -840,7 +854,7 @@ print("with the cache and without it the same:", repr(greedy))
 # ## 11 The mini Llama 3
 #
 # What remains is size and time. A `Recipe` holds everything that a run depends on, so two runs of one recipe are one run. `short` is
-# the recipe of `make train`; `smoke` is for the tests. The peak rates of this chapter (0.01 live, 0.002 for `short`) are not the paper's 8·10⁻⁵: small
+# the recipe of `make train`; `smoke` is for the tests. The peak rates of this chapter (0.005 live, 0.002 for `short`) are not the paper's 8·10⁻⁵: small
 # models bear larger steps. They were chosen from a few short trial runs, scored on the validation plays.
 
 
@@ -1128,10 +1142,8 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
         "matmul_gflops": round(peak),
         "recipe": dataclasses.asdict(recipe),
     }
-    length = min(200, recipe.context - 32)
     samples = [
-        prompt + sample(model, tokenizer, prompt, max_tokens=length, seed=seed)
-        for seed, prompt in enumerate(PROMPTS)
+        prompt + sample(model, tokenizer, prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)
     ]
     text = "\n\n--------\n\n".join(samples) + "\n"
     write_durably(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -1161,11 +1173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen.sample is not None:
             chosen.sample = chosen.sample.replace("\\n", "\n")
             model, tokenizer = load(directory)
-            room = recipe.context - len(tokenizer.encode(chosen.sample, bos=True))
-            print(
-                chosen.sample
-                + sample(model, tokenizer, chosen.sample, max_tokens=room, seed=chosen.seed)
-            )
+            print(chosen.sample + sample(model, tokenizer, chosen.sample, seed=chosen.seed))
             return
         print(f"{count_params(recipe.model):,} parameters; everything goes to {directory}")
         peak = matmul_peak()
@@ -1236,12 +1244,12 @@ def unshifted(cursor):
     return batch | {"targets": batch["tokens"]}
 
 
-recipe = make_optimizer(steps=60, peak=1e-2, warmup=6)
+recipe = make_optimizer(steps=60, peak=5e-3, warmup=6)
 broken, broken_rows = fit(model, next_token_loss, unshifted, recipe, steps=60, log_every=1)
 honest, honest_rows = fit(model, next_token_loss, batches, recipe, steps=60, log_every=1)
 print(
-    f"loss after 60 steps: {broken_rows[-1]['loss']:.2f} with the bug, "
-    f"{honest_rows[-1]['loss']:.2f} without"
+    f"loss after 60 steps: {broken_rows[-1]['loss']:.1f} with the bug, "
+    f"{honest_rows[-1]['loss']:.1f} without"
 )
 
 # %% [markdown]
@@ -1262,8 +1270,9 @@ def noise_loss(trained, shift):
 
 
 leak, clean = noise_loss(broken.model, 0), noise_loss(honest.model, 1)
-print(f"on random tokens: {leak:.2f} with the bug, {clean:.2f} without; ln V = {np.log(512):.2f}")
-assert leak < np.log(512) < clean
+print(f"on random tokens, with the bug: {leak:.1f}; ln V = {np.log(512):.2f}")
+print(f"without it more than 1 nat above ln V: {clean > np.log(512) + 1}")
+assert leak < np.log(512)
 
 # %% [markdown]
 # The broken run is below $\ln V$ on noise, which is impossible for a predictor. The honest one is far above it: it is sure of

@@ -198,22 +198,24 @@ def sample(
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
-    max_tokens: int = 200,
+    max_tokens: int | None = None,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
     """Let the model continue a prompt, token by token through a KV cache, up to EOS or max_tokens.
 
-    Temperature 0 takes the likeliest token. The same seed gives the same text. Raises ValueError if
-    BOS, prompt and max_tokens exceed the model's max_seq_len, for a negative temperature, and for
-    max_tokens below 1.
+    Without max_tokens it writes as far as its max_seq_len allows. Temperature 0 takes the likeliest
+    token. The same seed gives the same text. Raises ValueError if BOS, prompt and max_tokens exceed
+    max_seq_len, for a negative temperature, and for max_tokens below 1.
     """
     ids = tokenizer.encode(prompt, bos=True)
-    if (total := len(ids) + max_tokens) > model.config.max_seq_len:
+    limit = model.config.max_seq_len
+    if len(ids) + (max_tokens or 1) > limit:
         raise ValueError(
-            f"{len(ids)} prompt tokens + max_tokens={max_tokens} = {total}, but the model reads at "
-            f"most {model.config.max_seq_len}"
+            f"{len(ids)} prompt tokens and max_tokens={max_tokens} do not fit: the model reads at "
+            f"most {limit}"
         )
+    max_tokens = limit - len(ids) if max_tokens is None else max_tokens
     if temperature < 0 or max_tokens < 1:
         raise ValueError(
             f"temperature must be 0 or more and max_tokens 1 or more, got {temperature}, {max_tokens}"
@@ -474,10 +476,8 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
         "matmul_gflops": round(peak),
         "recipe": dataclasses.asdict(recipe),
     }
-    length = min(200, recipe.context - 32)
     samples = [
-        prompt + sample(model, tokenizer, prompt, max_tokens=length, seed=seed)
-        for seed, prompt in enumerate(PROMPTS)
+        prompt + sample(model, tokenizer, prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)
     ]
     text = "\n\n--------\n\n".join(samples) + "\n"
     write_durably(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
@@ -505,11 +505,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen.sample is not None:
             chosen.sample = chosen.sample.replace("\\n", "\n")
             model, tokenizer = load(directory)
-            room = recipe.context - len(tokenizer.encode(chosen.sample, bos=True))
-            print(
-                chosen.sample
-                + sample(model, tokenizer, chosen.sample, max_tokens=room, seed=chosen.seed)
-            )
+            print(chosen.sample + sample(model, tokenizer, chosen.sample, seed=chosen.seed))
             return
         print(f"{count_params(recipe.model):,} parameters; everything goes to {directory}")
         peak = matmul_peak()

@@ -654,6 +654,23 @@ def test_make_test_of_one_chapter(make_test, monkeypatch):
         make_test.main("99")
 
 
+@pytest.mark.parametrize("bad", [None, "AVX2", "SSE4_2"])
+def test_drift_runs_the_notebooks_as_older_processors_would(make_test, monkeypatch, bad):
+    """For each instruction set the notebooks, and nothing else; one that differs fails the whole."""
+    monkeypatch.setenv("XLA_FLAGS", "--mine")
+    seen = []
+
+    def step(title, *command):
+        flags = os.environ["XLA_FLAGS"]
+        seen.append((title, flags))
+        return int(bad is not None and flags.endswith(bad)), ""
+
+    monkeypatch.setattr(make_test, "step", step)
+    assert make_test.main("00", drift=True) == int(bad is not None)
+    flag = "--mine --xla_cpu_max_isa="
+    assert seen == [("notebooks", flag + "AVX2"), ("notebooks", flag + "SSE4_2")]
+
+
 @pytest.mark.parametrize(
     ("printed", "runs", "wanted"),
     [

@@ -1,8 +1,11 @@
 """`make test`: the repo check, ruff, the unit tests, then every chapter re-run and compared, strictly.
 
-`python tools/test.py 07` does one chapter: the check, its module's tests, its notebook.
+`python tools/test.py 07` does one chapter: the check, its module's tests, its notebook. With `--drift` only the notebooks
+run, twice, on machine code for two older kinds of processor: their sums round differently, as those of another
+machine do, and every printed number has to survive it.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -13,6 +16,7 @@ from pathlib import Path
 from course import ROOT, CourseError, select
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
+DRIFT = ("AVX2", "SSE4_2")  # instruction sets that XLA is held to
 
 
 def step(title: str, *command: str) -> tuple[int, str]:
@@ -45,8 +49,16 @@ def notebooks(paths: list[str]) -> int:
     return code
 
 
-def main(chapter: str | None) -> int:
+def main(chapter: str | None, drift: bool = False) -> int:
     scripts = select(ROOT, chapter)
+    paths = [f"chapters/{script.stem}.ipynb" for script in scripts]
+    if drift:
+        codes, flags = [], os.environ.get("XLA_FLAGS", "")
+        for name in DRIFT:
+            print(f"== code for {name}", flush=True)
+            os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_max_isa={name}"
+            codes.append(notebooks(paths))
+        return int(any(codes))
     tests = ["tests"]
     if chapter:
         modules = [s.stem[3:] for s in scripts]
@@ -61,12 +73,16 @@ def main(chapter: str | None) -> int:
         "tests": [*PYTEST, *tests] if tests else None,
     }
     codes = [step(title, *command)[0] for title, command in steps.items() if command]
-    codes.append(notebooks([f"chapters/{script.stem}.ipynb" for script in scripts]))
+    codes.append(notebooks(paths))
     return int(any(codes))  # a step killed by a signal has a negative code
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chapter", nargs="?", help="07 or 07_tokenizer; all if left out")
+    parser.add_argument("--drift", action="store_true")
+    arguments = parser.parse_args()
     try:
-        sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else None))
+        sys.exit(main(arguments.chapter, arguments.drift))
     except CourseError as error:
         sys.exit(str(error))
