@@ -129,6 +129,7 @@ def results(root: Path = ROOT) -> dict[str, dict]:
                 number = json.loads(value)  # a whole number stays one
                 found[name] = {
                     "value": number,
+                    "shown": f"{number:,}" if isinstance(number, int) else value,
                     "unit": unit,
                     "note": note,
                     "chapter": script.stem,
@@ -214,7 +215,7 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
     for script in scripts(root):
         title, sentence = first_line(script)
         reached = "; ".join(
-            f"{name}: {n['value']:{',' if isinstance(n['value'], int) else 'g'}} {n['unit']}"
+            f"{name}: {n['shown']} {n['unit']}"
             for name, n in numbers.items()
             if n["chapter"] == script.stem
         )
@@ -236,8 +237,8 @@ def bits_table(numbers: dict[str, dict]) -> str:
     """README's table of every model that predicts the validation plays, worst first."""
     rows = [(n["value"], name, n) for name, n in numbers.items() if n["unit"] == "bits per byte"]
     lines = ["| model | bits per byte | chapter | |", "|---|---|---|---|"]
-    for value, name, of in sorted(rows, reverse=True):
-        lines.append(f"| {name} | {value:.3f} | {of['chapter'][:2]} | {of['note']} |")
+    for _, name, of in sorted(rows, reverse=True):
+        lines.append(f"| {name} | {of['shown']} | {of['chapter'][:2]} | {of['note']} |")
     return "\n".join(lines)
 
 
