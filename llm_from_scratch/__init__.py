@@ -19,6 +19,7 @@ _PUBLIC = {
     "Tokenizer": "tokenizer",
     "TrainState": "training",
     "bits_per_byte": "bigram",
+    "check_gradients": "autodiff",
     "count_parameters": "training",
     "count_params": "llama",
     "find_learning_rate": "training",
