@@ -15,1057 +15,1110 @@
 # %% [markdown]
 # # 02 · Automatic differentiation
 #
-# > Reverse-mode differentiation in a hundred lines of NumPy, what JAX adds to it, and a check of any gradient against finite differences.
+# > Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong entry.
 #
-# *Reading time 45 min · runs in about 15 s · difficulty ●●○ · needs 00*
-#
-# Chapter 01 learned a bigram table by gradient descent and let a library compute the gradient. Everything after this chapter does the same, up to 405 billion weights. This chapter opens the box. First we build the
-# machine that differentiates, on numbers, then on arrays. Then we meet JAX, which differentiates the same way but is built around another idea: a program is data, which can be transformed. Knowing what JAX *sees* of your code
-# explains all its strange errors, and we provoke each of them.
+# *Reading time 45 min · runs in about 20 s · difficulty ●●○ · needs 01*
 
 # %%
 #| export
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 # %%
+import functools
 import math
 import os
 import subprocess
 import sys
-import timeit
+import time
 
 import matplotlib.pyplot as plt
 
 from llm_from_scratch import ledger
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
-LINE = "To be, or not to be: that is the question:"
-KEYS = dict(zip(("weights", "inputs"), jax.random.split(jax.random.key(0)), strict=True))
+LINE = b"To be, or not to be: that is the question:"
+KEYS = dict(zip(("mlp", "draw", "check"), jax.random.split(jax.random.key(0), 3), strict=True))
 
 # %% [markdown]
-# ## 1 The derivative by poking
+# ## A slope for every number
 #
-# A derivative says how much the output moves when an input moves. So move it and look. The *central difference*
+# Chapter 01 moved a matrix of logits downhill with `jax.grad`, and did not say how `grad` works. This chapter opens the box.
 #
-# $$ f'(x) \approx \frac{f(x + h) - f(x - h)}{2h} $$
+# The honest beginner's way to a slope is to nudge: move one number by $\epsilon$ each way and see how the loss moves,
 #
-# is off by a term in $h^2$, so a smaller $h$ should be better.
+# $$ \frac{\partial L}{\partial x} \approx \frac{L(x + \epsilon) - L(x - \epsilon)}{2\epsilon}. $$
 #
-# **Predict.** We try it on $\tanh$ at 0.7, in single and in double precision, with $h$ from 1 down to $10^{-12}$. What does the error do as $h$ shrinks? We expect it to fall, and then to rise again: both values are rounded, and the
-# rounding error is divided by an ever smaller $h$.
+# It has two faults. It is slow: chapter 01's matrix has 65,792 entries, so one step downhill costs 131,584 passes over the text. And it is inexact. A large $\epsilon$ sees the curve, not the slope (an error of order $\epsilon^2$);
+# a small one subtracts two nearly equal numbers (an error of order $u/\epsilon$, with $u$ the rounding unit: $10^{-16}$ in double precision, $6\cdot 10^{-8}$ in single).
+#
+# **Predict:** which $\epsilon$ is best in each precision, and how good is it? Ours: the errors balance at $\epsilon \approx u^{1/3}$, so about $10^{-5}$ and $10^{-2.5}$, and leave $u^{2/3}$: eleven correct digits in double precision, five in single.
+
 
 # %%
-steps = 10.0 ** np.arange(0, -12.5, -0.5)
-exact = 1 - math.tanh(0.7) ** 2
-errors = {}
-for dtype in (np.float32, np.float64):
-    x, h = dtype(0.7), steps.astype(dtype)
-    quotients = (np.tanh(x + h) - np.tanh(x - h)) / (2 * h)
-    errors[dtype.__name__] = np.abs(quotients.astype(float) - exact) + 1e-16
+def quotient_error(dtype: type, exponents: np.ndarray) -> np.ndarray:
+    """The error of the central difference of sin at 1, with eps = 10 ** exponent; the worst of 20 points near 1."""
+    worst = []
+    for exponent in exponents:
+        x = np.linspace(1, 1.1, 20).astype(dtype)
+        up, down = x + dtype(10**exponent), x - dtype(10**exponent)
+        slope = (np.sin(up) - np.sin(down)).astype(np.float64) / (up - down).astype(np.float64)
+        worst.append(np.abs(slope - np.cos(x.astype(np.float64))).max())
+    return np.array(worst)
+
+
+ranges = {"float64": np.arange(-12, 0.1, 0.5), "float32": np.arange(-6, 0.1, 0.5)}
+errors = {name: quotient_error(getattr(np, name), exponents) for name, exponents in ranges.items()}
 fig, ax = plt.subplots(figsize=(6, 3))
-for name, error in errors.items():
-    ax.loglog(steps, error, "o-", ms=3, label=name)
-ax.set(xlabel="step h", ylabel="error of the derivative")
-ax.invert_xaxis()
+for name, exponents in ranges.items():
+    ax.loglog(10.0**exponents, errors[name], "o-", markersize=3, label=name)
+ax.set(xlabel="nudge ε", ylabel="largest error of the slope")
 ax.legend()
 plt.show()
-print(
-    f"best of float32 below 1e-3: {errors['float32'].min() < 1e-3}; below 1e-8: {errors['float32'].min() < 1e-8}"
-)
-print(f"best of float64 below 1e-8: {errors['float64'].min() < 1e-8}")
+for name, low, high in (("float64", -6.1, -3.9), ("float32", -3.1, -1.4)):
+    best = ranges[name][np.argmin(errors[name])]
+    digits = -math.log10(errors[name].min())
+    print(f"{name}: best nudge between 1e{low:.0f} and 1e{high:.0f}: {low < best < high};", end=" ")
+    print(f"correct digits: about {digits:.0f}")
+    assert low < best < high
 
 # %% [markdown]
-# Each curve is a V. On its left arm the formula is to blame, on the right arm the rounding. Single precision, the format of our models, never gets past a few correct digits. In double precision there are about ten.
+# A V in each precision: the right arm is the curve, the left arm is rounding. Single precision, in which all our models compute, never gets past some five digits. Remember this picture when a gradient check fails: first ask whether the *check* is that good.
 #
-# The accuracy is the smaller problem. Poking gives *one* derivative for two evaluations. A model with $n$ weights needs $2n$ evaluations for one step of gradient descent. For Llama 3 405B that would be 810 billion forward passes per step.
-# Yet it is trained at a price of about three. The rest of the chapter explains this number.
+# So nudging is too slow to train with. It is good enough to *check* with, and we shall keep it for that.
 #
-# ## 2 A number that remembers
+# ## The graph of one neuron
 #
-# A program computes its result in small steps, and of each small step we know the derivative. The chain rule joins them. If $z$ depends on $y$ and $y$ on $x$,
+# A program that computes a number is a chain of small steps, and each step's slope is known from school. Take one neuron that reads two bytes of our line, scaled to $x = \text{byte}/128$, and should say $1$ if a blank follows:
 #
-# $$ \frac{dz}{dx} = \frac{dz}{dy} \cdot \frac{dy}{dx}, $$
+# $$ y = \tanh(w_1 x_1 + w_2 x_2 + b), \qquad L = (y - 1)^2. $$
 #
-# and where $x$ reaches $z$ on several ways, their products are added. To use this we must know the steps. So let every number remember which numbers it was made from, and its derivative by each of them. Python lets us write that as a class
-# whose `+` and `*` keep the books.
-
-
-# %%
-#| workbook
-class Value:
-    """A number that remembers how it was made: pairs of a parent and the derivative by that parent."""
-
-    def __init__(self, data: float, parents: tuple = (), name: str = ""):
-        self.data, self.parents, self.name, self.grad = float(data), parents, name, 0.0
-
-    def __add__(self, other: "Value") -> "Value":
-        """The sum: its derivative by either side is 1."""
-        return Value(self.data + other.data, ((self, 1.0), (other, 1.0)), "+")
-
-    def __mul__(self, other: "Value") -> "Value":
-        """The product: its derivative by one side is the other side."""
-        return Value(self.data * other.data, ((self, other.data), (other, self.data)), "×")
-
-    def tanh(self) -> "Value":
-        """The hyperbolic tangent y: its derivative is 1 − y²."""
-        y = math.tanh(self.data)
-        return Value(y, ((self, 1 - y * y),), "tanh")
-
-
-# %% [markdown]
-# Here is one neuron with two inputs, $y = \tanh(w_1 x_1 + w_2 x_2 + b)$. Nothing is differentiated yet, but the result knows its whole history.
-
-
-# %%
-def neuron_of(w1=0.5, x1=1.0, w2=-0.3, x2=2.0, b=1.0):
-    """One neuron on Values, and its five inputs by name."""
-    inputs = {k: Value(v, name=k) for k, v in dict(w1=w1, x1=x1, w2=w2, x2=x2, b=b).items()}
-    v = inputs.values()
-    w1, x1, w2, x2, b = v
-    return (w1 * x1 + w2 * x2 + b).tanh(), inputs
-
-
-y, inputs = neuron_of()
-print(f"y = {y.data:.3f}, made by {y.name} from {y.parents[0][0].data:.3f}")
-print(f"its derivative by that number: {y.parents[0][1]:.3f}")
-assert y.parents[0][1] == 1 - y.data**2
-
-# %% [markdown]
-# ## 3 Backwards
+# Write $\bar v$ for $\partial L/\partial v$. Start at the end, where $\bar L = 1$, and walk back. At each step multiply by the local slope; where a value was used more than once, *add* what comes back from each use. That is the chain rule, and it is all of it:
 #
-# Call $\bar v$ the derivative of the *output* by $v$. The output's own is 1. If all numbers that were made from $v$ know theirs, then
+# | step | what goes back |
+# |---|---|
+# | $c = a + b$ | $\bar a \mathrel{+}= \bar c$, $\;\bar b \mathrel{+}= \bar c$ |
+# | $c = a\,b$ | $\bar a \mathrel{+}= \bar c\, b$, $\;\bar b \mathrel{+}= \bar c\, a$ |
+# | $c = a^n$ | $\bar a \mathrel{+}= \bar c\, n a^{n-1}$ |
+# | $c = \tanh a$ | $\bar a \mathrel{+}= \bar c\,(1 - c^2)$ |
+# | $c = e^a$, $\;c = \ln a$ | $\bar a \mathrel{+}= \bar c\, c$, $\;\bar a \mathrel{+}= \bar c / a$ |
 #
-# $$ \bar v = \sum_{u \text{ made from } v} \bar u \cdot \frac{\partial u}{\partial v} . $$
+# One walk gives the slopes of *all* inputs. That is the reason why training a billion weights is possible at all.
 #
-# So we go from the output back to the inputs, each number after all those that were made from it. That order is the reverse of a *topological order*, in which every number comes after its parents. One pass over it gives the derivative by
-# **every** number in the program. This is reverse mode, or back-propagation.
+# ## The engine
+#
+# A `Value` is a number that remembers its parents and how to send a slope back to them, a function that we call `pull`. One thing needs care: a node may send back only when *all* that comes to it has arrived. So we need an order in which every node stands after its parents, and walk it from the end.
 
 
 # %%
 #| export workbook
-def topological(output: Any) -> list:
-    """Every node that `output` was computed from, itself last, each after its parents.
+def graph_order(root: Any) -> list[Any]:
+    """The nodes that `root` was made from, each once, after its own `parents`; `root` comes last.
 
-    A node has `parents`, pairs whose first element is a node. Iterative: long chains overflow no stack.
+    No recursion, so that a long chain of steps does not exhaust Python's stack.
     """
-    order, seen, stack = [], set(), [(output, False)]
+    order, done, stack = [], set(), [(root, False)]
     while stack:
-        node, parents_done = stack.pop()
-        if parents_done:
+        node, parents_are_in = stack.pop()
+        if parents_are_in:
             order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
+        elif id(node) not in done:
+            done.add(id(node))
             stack.append((node, True))
-            stack.extend((parent, False) for parent, *_ in node.parents)
+            stack += [(parent, False) for parent in node.parents if id(parent) not in done]
     return order
 
 
-# %%
-#| workbook
-def backward(output: Value) -> None:
-    """Set `grad` of every Value that output was computed from: the derivative of output by it."""
-    order = topological(output)
-    for node in order:
-        node.grad = 0.0
-    output.grad = 1.0
-    for node in reversed(order):
-        for parent, derivative in node.parents:
-            parent.grad += derivative * node.grad
+# %% [markdown]
+# Only a few operations need a rule of their own. The rest is grammar: a difference is a sum with a product by $-1$, a quotient is a product with a power.
 
 
 # %%
-backward(y)
-slope = 1 - y.data**2
-by_hand = {"w1": 1.0 * slope, "x1": 0.5 * slope, "w2": 2.0 * slope, "x2": -0.3 * slope, "b": slope}
-for name, value in inputs.items():
-    poked = {
-        k: [neuron_of(**{k: inputs[k].data + h})[0].data for h in (1e-5, -1e-5)] for k in inputs
-    }
-    difference = (poked[name][0] - poked[name][1]) / 2e-5
-    print(
-        f"{name}: backward {value.grad:+.4f}, by hand {by_hand[name]:+.4f}, poked {difference:+.4f}"
-    )
-    assert math.isclose(value.grad, by_hand[name]) and math.isclose(
-        value.grad, difference, rel_tol=1e-6
-    )
+#| export
+class Arithmetic:
+    """The operators that follow from `+`, `*` and `**`."""
+
+    def __radd__(self, other):
+        return self + other
+
+    def __rmul__(self, other):
+        return self * other
+
+    def __neg__(self):
+        return self * -1.0
+
+    def __sub__(self, other):
+        return self + (-other)
+
+    def __rsub__(self, other):
+        return other + (-self)
+
+    def __truediv__(self, other):
+        return self * other**-1.0
+
+    def __rtruediv__(self, other):
+        return other * self**-1.0
+
 
 # %% [markdown]
-# Three ways, one answer: by the engine, by the rule on paper, by poking. The engine made one pass for all five.
-#
-# It is worth seeing. Each box below is a number: above, its value; below, the derivative of $y$ by it. On each edge stands the derivative of one step. Read from right to left: a box's lower number is the lower number to its right, times what stands on the
-# edge between.
-
-
-# %%
-def draw_graph(output: Value) -> None:
-    """The computation graph: inputs left, output right, local derivatives on the edges."""
-    order = topological(output)
-    depth = {}
-    for node in reversed(
-        order
-    ):  # a node stands one column left of the leftmost number made from it
-        depth[id(node)] = 0 if node is output else depth[id(node)]
-        for parent, _ in node.parents:
-            depth[id(parent)] = max(depth.get(id(parent), 0), depth[id(node)] + 1)
-    columns, at = {}, {}
-    for node in order:
-        columns.setdefault(depth[id(node)], []).append(node)
-    for column, nodes in columns.items():
-        for i, node in enumerate(nodes):
-            at[id(node)] = (-1.9 * column, (len(nodes) - 1) / 2 - i)
-    fig, ax = plt.subplots(figsize=(10, 3.6))
-    for node in order:
-        x, y = at[id(node)]
-        text = f"{node.name}  {node.data:.2f}\n$\\partial$ {node.grad:.2f}"
-        box = {"boxstyle": "round", "fc": "#cfe3f5" if node.parents else "#fbe2c5"}
-        ax.text(x, y, text, ha="center", va="center", bbox=box, fontsize=9)
-        for parent, derivative in node.parents:
-            px, py = at[id(parent)]
-            style = {"arrowstyle": "->", "color": "gray", "shrinkA": 24, "shrinkB": 24}
-            ax.annotate("", (x, y), (px, py), arrowprops=style)
-            middle = ((x + px) / 2, (y + py) / 2 + 0.12)
-            ax.text(*middle, f"{derivative:.2f}", fontsize=8, color="tab:red", ha="center")
-    ax.set(xlim=(-1.9 * max(columns) - 0.8, 0.8), ylim=(-2.0, 2.0))
-    ax.axis("off")
-    plt.show()
-
-
-draw_graph(y)
-print(f"{len(topological(y))} numbers, {sum(len(n.parents) for n in topological(y))} edges")
-
-# %% [markdown]
-# ## 4 Arrays
-#
-# A graph with a node per number is easy to read and hopeless to run. A matrix product of two 4,096 × 4,096 matrices would be 137 billion nodes. So let the nodes be arrays. The idea stays; the derivative of one step becomes a matrix that is far too
-# large to write down (the Jacobian). But we never need the matrix, only what it does to $\bar u$: a function that turns $\bar u$ into what it adds to $\bar v$. It is called the *pull-back* of the step. For $u = x w$ with matrices it is
-#
-# $$ \bar x \mathrel{+}= \bar u\, w^\top, \qquad \bar w \mathrel{+}= x^\top \bar u . $$
-#
-# Check the shapes: with $x$: $(N, I)$ and $w$: $(I, O)$, $\bar u$ is $(N, O)$, and there is only one way to multiply to $(N, I)$ and $(I, O)$.
-#
-# One trap remains. NumPy *broadcasts*: a bias of shape $(O)$ is added to $N$ rows. One number was used $N$ times, so its $N$ derivatives are added up.
+# And here is the engine. Each rule of the table is one line.
 
 
 # %%
 #| export workbook
-def unbroadcast(grad: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """Sum a gradient over the axes along which an array of this shape was repeated to fit it."""
-    extra = grad.ndim - len(shape)
-    repeated = tuple(range(extra))
-    repeated += tuple(
-        extra + i for i, n in enumerate(shape) if n == 1 and grad.shape[extra + i] != 1
-    )
-    return grad.sum(axis=repeated).reshape(shape)
+class Value(Arithmetic):
+    """A number that remembers how it was made, so that `backward` can find the slope of every step.
 
-
-# %%
-ones = np.ones((4, 3))
-print("bias (3,):", unbroadcast(ones, (3,)), "| column (4, 1):", unbroadcast(ones, (4, 1)).ravel())
-print("number ():", unbroadcast(ones, ()))
-assert unbroadcast(ones, (4, 3)).shape == (4, 3)
-
-
-# %%
-#| export
-class Tensor:
-    """An fp64 array that remembers how it was made, for reverse-mode differentiation in NumPy.
-
-    `parents` holds pairs (Tensor, pull-back): the pull-back turns the gradient of the result into
-    what it adds to the gradient of the parent. Numbers and arrays mix in as constants. `grad` has
-    the shape of `data`, and is None before `backward`.
+    `data` is the number, `grad` the slope of the last `backward`, `parents` are what it was made from;
+    `pull` turns the slope of this value into those of its parents; `op` names the step.
     """
 
-    __array_ufunc__ = None  # array * Tensor asks the Tensor
+    def __init__(self, data: Any, parents: tuple = (), pull: Callable = lambda g: (), op: str = ""):
+        self.data, self.grad = data, 0.0
+        self.parents, self.pull, self.op = parents, pull, op
 
-    def __init__(self, data: Any, parents: tuple = ()):
-        self.data, self.parents, self.grad = np.asarray(data, float), parents, None
+    def lift(self, other: Any) -> "Value":
+        """`other`, as a constant if it is a plain number."""
+        return other if isinstance(other, Value) else type(self)(other)
 
-    def __add__(self, other: Any) -> "Tensor":
-        other = as_tensor(other)
-        pulls = [lambda g, t=t: unbroadcast(g, t.data.shape) for t in (self, other)]
-        return Tensor(self.data + other.data, ((self, pulls[0]), (other, pulls[1])))
+    def make(self, data: Any, parents: tuple, pull: Callable, op: str) -> "Value":
+        """The result of a step: a value of the same class."""
+        return type(self)(data, parents, pull, op)
 
-    def __mul__(self, other: Any) -> "Tensor":
-        other = as_tensor(other)
-        left = (self, lambda g: unbroadcast(g * other.data, self.data.shape))
-        right = (other, lambda g: unbroadcast(g * self.data, other.data.shape))
-        return Tensor(self.data * other.data, (left, right))
+    def __add__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data + b.data, (a, b), lambda g: (g, g), "+")
 
-    __radd__, __rmul__ = __add__, __mul__
+    def __mul__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data * b.data, (a, b), lambda g: (g * b.data, g * a.data), "×")
 
-    def __neg__(self) -> "Tensor":
-        return self * -1.0
+    def __pow__(self, n: float):
+        a = self
+        return self.make(a.data**n, (a,), lambda g: (g * n * a.data ** (n - 1),), f"^{n:g}")
 
-    def __sub__(self, other: Any) -> "Tensor":
-        return self + -as_tensor(other)
+    def exp(self):
+        y = np.exp(self.data)
+        return self.make(y, (self,), lambda g: (g * y,), "exp")
 
-    def __rsub__(self, other: Any) -> "Tensor":
-        return as_tensor(other) - self
+    def log(self):
+        return self.make(np.log(self.data), (self,), lambda g: (g / self.data,), "log")
 
-    def __matmul__(self, other: Any) -> "Tensor":
-        """Product of two matrices (N, I) and (I, O)."""
-        other = as_tensor(other)
-        left = (self, lambda g: g @ other.data.T)
-        right = (other, lambda g: self.data.T @ g)
-        return Tensor(self.data @ other.data, (left, right))
+    def tanh(self):
+        y = np.tanh(self.data)
+        return self.make(y, (self,), lambda g: (g * (1 - y * y),), "tanh")
 
-    def __getitem__(self, index: Any) -> "Tensor":
-        """NumPy indexing; an entry that is taken twice gets both gradients."""
+    def receive(self, grad: Any) -> None:
+        """Add a slope that one use of this value sends back."""
+        self.grad = self.grad + grad
 
-        def pull(g):
-            grad = np.zeros_like(self.data)
-            np.add.at(grad, index, g)
-            return grad
-
-        return Tensor(self.data[index], ((self, pull),))
+    def backward(self) -> None:
+        """Set `grad` of everything that this value was made from to the slope of this value."""
+        order = graph_order(self)
+        for node in order:
+            node.grad = 0.0
+        self.grad = 1.0
+        for node in reversed(order):
+            for parent, grad in zip(node.parents, node.pull(node.grad), strict=True):
+                parent.receive(grad)
 
 
 # %% [markdown]
-# The functions of one argument stand outside the class, and so does the pass backwards. It is the one we know, with the pull-back in the place of a product.
+# Fifty lines. Try it on the neuron, with the bytes `T` and `o` of our line. **Predict** the sign of $\bar w_1$: the output must rise, and $x_1$ is positive. So $\bar w_1$ is negative: downhill means a larger weight.
+
+# %%
+leaves = {"w₁": 0.5, "x₁": LINE[0] / 128, "w₂": -0.8, "x₂": LINE[1] / 128, "b": 0.1}
+nodes = {name: Value(number) for name, number in leaves.items()}
+w1, x1, w2, x2, b = nodes.values()
+y = (w1 * x1 + w2 * x2 + b).tanh()
+L = (y - 1.0) ** 2
+L.backward()
+print(f"y = {y.data:.3f}, L = {L.data:.3f}")
+print("slopes:", ", ".join(f"{name} {node.grad:.3f}" for name, node in nodes.items()))
+
+# %% [markdown]
+# The picture of the same walk. We draw what the engine stored, nothing else: a box for each value, in the column of its longest path from an input.
+
+
+# %%
+def draw(root: Value, names: dict[Value, str]) -> None:
+    """The graph below `root`: black the values, computed left to right; red the slopes, right to left."""
+    depth, place = {}, {}
+    for node in graph_order(root):
+        depth[node] = 1 + max((depth[parent] for parent in node.parents), default=-1)
+        if node.parents:
+            height = np.mean([place[parent][1] for parent in node.parents])
+        else:
+            height = float(sum(1 for other in place if not other.parents))
+        place[node] = (depth[node], height)
+    for node in place:  # an input stands just before its first use
+        uses = [depth[other] for other in place if node in other.parents]
+        if not node.parents and uses:
+            place[node] = (min(uses) - 1, place[node][1])
+    _, ax = plt.subplots(figsize=(10, 5.5))
+    box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "C0"}
+    centred = {"ha": "center", "textcoords": "offset points", "fontsize": 9, "zorder": 3}
+    arrow = {"arrowstyle": "->", "color": "0.5", "shrinkA": 20, "shrinkB": 22}
+    for node, (x, y) in place.items():
+        for parent in node.parents:
+            ax.annotate("", (x, y), place[parent], arrowprops=arrow)
+        ax.text(x, y, "        \n\n", ha="center", va="center", fontsize=9, bbox=box)
+        title = names.get(node) or node.op or "const"
+        ax.annotate(f"{title}\n{node.data:.2f}", (x, y), (0, -5), **centred)
+        ax.annotate(f"{node.grad:.2f}", (x, y), (0, -16), color="C3", **centred)
+    across, up = zip(*place.values(), strict=True)
+    ax.set(xlim=(-0.5, max(across) + 0.5), ylim=(min(up) - 0.6, max(up) + 0.6))
+    ax.set(yticks=[], xlabel="steps from the inputs")
+    ax.spines["left"].set_visible(False)
+    plt.show()
+
+
+draw(L, {node: name for name, node in nodes.items()} | {L: "L"})
+print(f"{len(graph_order(L))} nodes; slope at the output {L.grad:.2f}, at the sum {b.grad:.2f}")
+
+# %% [markdown]
+# Black is the value, red is $\partial L/\partial\,$value. Follow the red numbers from right to left. A sum copies the slope to both sides. A product sends each side the slope times the *other* side. The tanh shrinks it by $1 - y^2$: that factor, repeated over many layers, is the vanishing gradient of chapter 04.
+#
+# **The check.** Nudge each input, in double precision, and compare.
+
+
+# %%
+def neuron_loss(w1, x1, w2, x2, b):
+    return ((w1 * x1 + w2 * x2 + b).tanh() - 1.0) ** 2
+
+
+numbers, eps = list(leaves.values()), 1e-5
+for i, (name, node) in enumerate(nodes.items()):
+    ends = []
+    for sign in (1, -1):
+        moved = [n + sign * eps * (i == j) for j, n in enumerate(numbers)]
+        ends.append(neuron_loss(*map(Value, moved)).data)
+    assert abs((ends[0] - ends[1]) / (2 * eps) - node.grad) < 1e-8, name
+twice = Value(3.0)
+(twice * twice).backward()
+print("five slopes agree with nudging to 1e-8; the slope of x·x at 3 is", twice.grad)
+
+# %% [markdown]
+# ## From numbers to arrays
+#
+# A `Value` per number is clear and slow: a matrix product of two 100 × 100 matrices would be two million Python objects. So let `data` be a whole array. What has to change? Less than one expects. The rules for `*`, `exp`, `tanh` and so on already hold entry by entry. Three things are new:
+#
+# 1. **Broadcasting.** When a row of shape $(F)$ is added to a matrix $(B, F)$, each entry of the row is used $B$ times. So what comes back must be *summed* over $B$. The rule of thumb: the gradient of an array has the array's shape.
+# 2. **Matrix products.** For $C = AB$: $\;\bar A = \bar C B^\top$ and $\bar B = A^\top \bar C$. The shapes allow nothing else.
+# 3. **Sums, transposes and indexing** move numbers about. Their reverses move slopes back: a sum copies its slope to every entry, and an index *adds* into the entries that it took.
+
+
+# %%
+#| export workbook
+def unbroadcast(grad: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The slope of an array of `shape` that was broadcast to the shape of `grad`: summed over the copies."""
+    grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
+    return grad.sum(axis=stretched, keepdims=True)
+
+
+# %%
+#| export workbook
+class Tensor(Value):
+    """A `Value` whose `data` is a NumPy array (float64); gradients have the shape of their array."""
+
+    __array_ufunc__ = None  # so that `array * tensor` comes to us, and not to NumPy's loop
+
+    def __init__(self, data: Any, parents: tuple = (), pull: Callable = lambda g: (), op: str = ""):
+        super().__init__(np.asarray(data, np.float64), parents, pull, op)
+
+    def receive(self, grad: np.ndarray) -> None:
+        """Add a slope, summed over the axes along which this array was broadcast."""
+        grad = np.broadcast_to(grad, np.broadcast_shapes(np.shape(grad), self.data.shape))
+        self.grad = self.grad + unbroadcast(grad, self.data.shape)
+
+    def __matmul__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data @ b.data, (a, b), lambda g: (g @ b.data.T, a.data.T @ g), "@")
+
+    @property
+    def T(self):
+        return self.make(self.data.T, (self,), lambda g: (g.T,), "T")
+
+    def sum(self, axis: int | None = None):
+        """The sum over one axis, which stays with length 1, or over all of them."""
+        y = self.data.sum(axis=axis, keepdims=axis is not None)
+        return self.make(y, (self,), lambda g: (np.broadcast_to(g, self.data.shape),), "sum")
+
+    def __getitem__(self, index):
+        def pull(g):
+            grad = np.zeros_like(self.data)
+            np.add.at(grad, index, g)  # an index that comes twice is added to twice
+            return (grad,)
+
+        return self.make(self.data[index], (self,), pull, "[ ]")
+
+
+# %% [markdown]
+# A tiny run that you can do in your head: a row added to two rows, then a row picked twice.
+
+# %%
+row = Tensor([1.0, 2.0, 3.0])
+(row + Tensor(np.zeros((2, 3)))).sum().backward()
+print("a row that was broadcast over 2 rows:", row.grad)
+table = Tensor(np.zeros((3, 2)))
+table[np.array([0, 2, 2])].sum().backward()
+print("rows 0, 2, 2 of a table of three:    ", table.grad[:, 0])
+assert row.grad.tolist() == [2, 2, 2] and table.grad[:, 0].tolist() == [1, 0, 2]
+
+# %% [markdown]
+# Now something that learns. The line has 41 pairs of neighbouring bytes, over a few distinct ones. Our network gives each byte a vector (a row of $E$), bends it twice, each time *adding* the result to the vector, and reads logits off with the same $E$: a Transformer without attention, in three lines.
+#
+# $$ h_0 = E_{\text{byte}}, \qquad h_{i+1} = h_i + \tanh(h_i W_i), \qquad z = h_2 E^\top, \qquad L = -\frac1N\sum \ln \mathrm{softmax}(z)_{\text{next}}. $$
+#
+# Chapter 01 tells us where it must end if it can represent every table: at the entropy of the counts, which no model of pairs can pass.
+
+# %%
+symbols, ids = np.unique(np.frombuffer(LINE, np.uint8), return_inverse=True)
+now, following = ids[:-1], ids[1:]
+counts = np.zeros((len(symbols), len(symbols)))
+np.add.at(counts, (now, following), 1)
+rows_p = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+floor = -np.sum(counts * np.log(np.where(rows_p > 0, rows_p, 1))) / counts.sum()
+print(f"{len(now)} pairs of {len(symbols)} symbols; no table of pairs gets below {floor:.3f} nats")
+
+
+def start(seed: int, width: int = 16) -> dict[str, np.ndarray]:
+    """The arrays before training; the same for our engine and for JAX."""
+    rng = np.random.default_rng(seed)
+    shapes = {"E": (len(symbols), width), "W0": (width, width), "W1": (width, width)}
+    return {name: rng.normal(size=shape) / width**0.5 for name, shape in shapes.items()}
+
+
+def network(p: dict, tanh: Callable):
+    """The logits of the next byte, with Tensors or with JAX arrays."""
+    h = p["E"][now]
+    for name in ("W0", "W1"):
+        h = h + tanh(h @ p[name])
+    return h @ p["E"].T
+
+
+def engine_loss(p: dict[str, Value]) -> Value:
+    z = network(p, lambda a: a.tanh())
+    normaliser = z.exp().sum(1).log()  # safe while the logits are small
+    return (normaliser.sum() - z[np.arange(len(now)), following].sum()) / float(len(now))
+
+
+# %% [markdown]
+# Three hundred steps of gradient descent with our own engine.
+
+
+# %%
+def train(tensor: type[Value], seed: int, steps: int = 300, rate: float = 0.3) -> list[float]:
+    """The losses of gradient descent with an engine."""
+    arrays, losses = start(seed), []
+    for _ in range(steps):
+        p = {name: tensor(array) for name, array in arrays.items()}
+        loss = engine_loss(p)
+        loss.backward()
+        losses.append(float(loss.data))
+        arrays = {name: array - rate * p[name].grad for name, array in arrays.items()}
+    return losses
+
+
+losses = train(Tensor, seed=0)
+print(f"before {losses[0]:.1f}, after {losses[-1]:.1f} nats; the floor is {floor:.1f}")
+assert floor < losses[-1] < floor + 0.3
+
+# %% [markdown]
+# ## The same in JAX, and a check worth keeping
+#
+# In JAX nothing is recorded by objects. You write a *function* of arrays, and `jax.grad` makes a new function out of it, which returns the slopes. The arguments may be any nest of tuples, lists and dictionaries, a *pytree*; the gradient has the same form. In double precision the two must agree to the last few digits.
+
+
+# %%
+def jax_loss(p: dict[str, jax.Array]) -> jax.Array:
+    z = network(p, jnp.tanh)
+    return jnp.mean(jax.nn.logsumexp(z, axis=1) - z[np.arange(len(now)), following])
+
+
+tensors = {name: Tensor(array) for name, array in start(0).items()}
+engine_loss(tensors).backward()
+with jax.enable_x64(True):
+    by_jax = jax.grad(jax_loss)(jax.tree.map(jnp.asarray, start(0)))
+for name, tensor in tensors.items():
+    error = np.abs(tensor.grad - np.asarray(by_jax[name])).max()
+    print(f"{name}: {tensor.grad.shape}, equal to jax.grad within 1e-12: {error < 1e-12}")
+    assert error < 1e-12
+
+# %% [markdown]
+# Two implementations that agree can share a mistake in the mathematics. Nudging can't: it knows only the forward pass. So we write the check once, for any JAX function of any pytree, and later chapters and your own code may use it. What must it do?
+#
+# - **Nudge in double precision**, even when the model is in single. You saw the V: with $u = 6\cdot10^{-8}$ the check is worth five digits at best, and three when the loss is a sum over a text. The gradient under test keeps its own precision.
+# - **Look everywhere.** A large array has too many entries to nudge each. For each leaf take some entries, that of the largest slope among them, and one random *direction*: it moves all entries at once, so a mistake in any of them shows.
+# - **Name the place.** "Not close" is no help in a model of 300 arrays.
 
 
 # %%
 #| export
-def as_tensor(x: Any) -> Tensor:
-    """x itself if it is a Tensor, else a constant."""
-    return x if isinstance(x, Tensor) else Tensor(x)
+def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: float) -> float:
+    """The central difference of f(*leaves) as leaf i moves along a direction."""
+    ends = []
+    for sign in (1, -1):
+        moved = leaves[i] + jnp.asarray(sign * step * direction)
+        ends.append(float(f(*leaves[:i], moved, *leaves[i + 1 :])))
+    return (ends[0] - ends[1]) / (2 * step)
 
 
-def tanh(x: Tensor) -> Tensor:
-    """Elementwise; d tanh = 1 − tanh²."""
-    y = np.tanh(x.data)
-    return Tensor(y, ((x, lambda g: g * (1 - y * y)),))
+def _probes(
+    grad: np.ndarray, entries: int, rng: np.random.Generator
+) -> list[tuple[str, np.ndarray]]:
+    """Directions to nudge a leaf in, by name: single entries, the steepest among them, and a random one."""
+    chosen = rng.choice(grad.size, min(entries, grad.size), replace=False)
+    found = []
+    for flat in dict.fromkeys([int(np.argmax(np.abs(grad))), *map(int, chosen)]):
+        index = np.unravel_index(flat, grad.shape)
+        direction = np.zeros(grad.shape)
+        direction[index] = 1.0
+        found.append((str([int(n) for n in index]) if index else "", direction))
+    random = rng.normal(size=grad.shape)
+    return [*found, (" along a random direction", random / np.linalg.norm(random))]
 
 
-def exp(x: Tensor) -> Tensor:
-    """Elementwise; its own derivative."""
-    y = np.exp(x.data)
-    return Tensor(y, ((x, lambda g: g * y),))
+# %%
+#| export public
+def check_gradients(
+    f: Callable, *args: Any, grads: tuple | None = None, tolerance: float = 1e-3, entries: int = 16
+) -> float:
+    """Check the gradients of a scalar function by finite differences; returns the largest relative error.
 
+    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and one random
+    direction; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are those
+    of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
+    Errors are relative to the largest slope of the leaf. At a kink (relu at 0) the two may differ.
 
-def log(x: Tensor) -> Tensor:
-    """Elementwise natural logarithm; d log x = 1 / x."""
-    return Tensor(np.log(x.data), ((x, lambda g: g / x.data),))
+    Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
+    it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
+    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
 
+    def of_leaves(*leaves):
+        full = [leaf for _, leaf in flat]
+        for i, leaf in zip(at, leaves, strict=True):
+            full[i] = leaf
+        return f(*tree.unflatten(full))
 
-def total(x: Tensor, axis: int | None = None) -> Tensor:
-    """Sum over one axis, or over all; the gradient is repeated along what was summed."""
-
-    def pull(g):
-        return np.broadcast_to(g if axis is None else np.expand_dims(g, axis), x.data.shape)
-
-    return Tensor(x.data.sum(axis=axis), ((x, pull),))
-
-
-def gradients(output: Tensor) -> None:
-    """Set `grad` of every Tensor that a scalar was computed from. ValueError if it is no scalar."""
-    if output.data.ndim:
-        raise ValueError(f"a gradient is of a scalar, got shape {output.data.shape}: sum it first")
-    order = topological(output)
-    for node in order:
-        node.grad = np.zeros_like(node.data)
-    output.grad = np.ones_like(output.data)
-    for node in reversed(order):
-        for parent, pull in node.parents:
-            parent.grad = parent.grad + pull(node.grad)
+    low = [jnp.asarray(flat[i][1]) for i in at]
+    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(at))))(*low)
+    if grads is not None:
+        slopes = [tree.flatten_up_to(grads)[i] for i in at]
+    rng, worst = np.random.default_rng(0), 0.0
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        high = [jnp.asarray(np.asarray(leaf, np.float64)) for leaf in low]
+        exact = jax.jit(of_leaves)
+        if not abs(float(exact(*high)) - float(value)) <= 1e-3 * max(1.0, abs(float(value))):
+            raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
+        for i, slope in enumerate(slopes):
+            slope, name = np.asarray(slope, np.float64), jax.tree_util.keystr(flat[at[i]][0])
+            size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
+            pairs = [
+                (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
+                for where, d in _probes(slope, entries, rng)
+            ]
+            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs) or 1.0
+            for where, given, nudged in pairs:
+                error = abs(given - nudged) / scale
+                if not error <= tolerance:
+                    raise AssertionError(
+                        f"the gradient of args{name}{where} is {given:.6g}, by finite differences "
+                        f"{nudged:.6g}: off by {error:.2g} of the leaf's largest"
+                    )
+                worst = max(worst, error)
+    return worst
 
 
 # %% [markdown]
-# Enough for a language model. Chapter 01's bigram model is a table $W$ of logits, a row for each character; its loss on the line is the mean cross-entropy
-#
-# $$ L = \frac1N \sum_{n} \Big( \log \sum_j e^{W_{c_n j}} - W_{c_n c_{n+1}} \Big). $$
-#
-# On paper its gradient has a beautiful form: for each position, the predicted distribution minus the one-hot truth, in the row of the character. The engine knows nothing of that. It knows five small steps.
+# Three uses: JAX's gradient in single precision; our engine's gradient, handed in; and a rule that is wrong on purpose. `jax.custom_vjp` lets you replace a function's backward rule; this one forgets the 2 in $2x$.
+
 
 # %%
-letters = sorted(set(LINE))
-ids = np.array([letters.index(c) for c in LINE])
-here, following, N, V = ids[:-1], ids[1:], len(LINE) - 1, len(letters)
+@jax.custom_vjp
+def square(x):
+    return x * x
 
 
-def bigram_loss(W: Tensor) -> Tensor:
-    """Mean cross-entropy of the line's bigrams in nats; W holds logits (V, V)."""
-    logits = W[here]
-    log_norm = log(total(exp(logits), axis=1))
-    return total(log_norm - logits[np.arange(N), following]) * (1 / N)
-
-
-W = Tensor(np.random.default_rng(0).normal(size=(V, V)))
-loss = bigram_loss(W)
-gradients(loss)
-p = np.exp(W.data[here]) / np.exp(W.data[here]).sum(axis=1, keepdims=True)
-paper = np.zeros((V, V))
-np.add.at(paper, here, (p - np.eye(V)[following]) / N)
-print(f"{V} letters, loss {loss.data:.3f} nats, {len(topological(loss))} nodes for {V * V} weights")
-print("equal to the formula on paper:", np.allclose(W.grad, paper, atol=1e-12))
-assert np.allclose(W.grad, paper, atol=1e-12)
-
-# %% [markdown]
-# Follow the gradient down, and the model learns the line. The lowest loss that any bigram table can have is the entropy of the line's own bigrams.
-
-# %%
-for _ in range(300):
-    gradients(bigram_loss(W))
-    W = Tensor(W.data - 10.0 * W.grad)
-pairs = np.zeros((V, V))
-np.add.at(pairs, (here, following), 1)
-share = pairs[here, following] / pairs[here].sum(axis=1)
+square.defvjp(lambda x: (x * x, x), lambda x, g: (x * g,))
+small = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), start(0))
+print("jax.grad in float32, error below 1e-5:", check_gradients(jax_loss, small) < 1e-5)
+ours = {name: tensor.grad for name, tensor in tensors.items()}
 print(
-    f"after 300 steps {bigram_loss(W).data:.3f} nats, the table of counts {-np.log(share).mean():.3f}"
+    "our engine, error below 1e-5:         ", check_gradients(jax_loss, small, grads=(ours,)) < 1e-5
 )
-assert 0 < bigram_loss(W).data + np.log(share).mean() < 0.05
+try:
+    check_gradients(
+        lambda p: jnp.sum(p["a"] * square(p["b"])), {"a": jnp.ones(3), "b": jnp.ones(3)}
+    )
+    raise RuntimeError("the wrong rule passed")
+except AssertionError as error:
+    print("AssertionError:", error)
 
 # %% [markdown]
-# That is the whole of deep learning's machinery. What remains is speed, and convenience.
+# JAX has such a check itself: `jax.test_util.check_grads`. It compares along one random direction over all arguments together, in the arguments' own precision, also for forward mode and higher derivatives, which ours does not do. **Predict:** does it catch the wrong square, and does its message say where?
+
+# %%
+from jax.test_util import check_grads
+
+both = (jnp.ones(3), jnp.ones(3))
+check_grads(lambda a, b: jnp.sum(a * b * b), both, order=1, modes=["rev"])
+try:
+    check_grads(lambda a, b: jnp.sum(a * square(b)), both, order=1, modes=["rev"])
+    raise RuntimeError("the wrong rule passed")
+except AssertionError as error:
+    print("caught; its message names an argument or an index:", "args" in str(error))
+
+
+def summed(x):  # a right gradient, of a loss that is a large number
+    return 1e5 + jnp.sum(x * x)
+
+
+try:
+    check_grads(summed, (jnp.ones(3),), order=1, modes=["rev"])
+    raise RuntimeError("no false alarm")
+except AssertionError:
+    print("a right gradient of a large loss: check_grads raises a false alarm;", end=" ")
+print("ours passes it:", check_gradients(summed, jnp.ones(3)) < 1e-5)
+
+# %% [markdown]
+# It catches the wrong square, and can't say where. And in single precision it rejects a *right* gradient when the loss is large, as a sum over a text is: near $10^5$, neighbouring numbers are 0.008 apart, more than the nudge moves the loss. In double precision JAX's check would pass it too; ours goes there by itself.
+# What ours can't see: a mistake far smaller than the largest slope of the same leaf. No check by nudging sees everything.
 #
-# ## 5 The same in JAX
+# ## Forwards or backwards
 #
-# The engine above records while it computes. JAX does something else. It runs your Python function once, on *tracers* that have a shape and a type but no numbers, and writes down which operations they go through. What it gets is a small program in a language of its own,
-# the *jaxpr*. Then it transforms programs: `grad` makes from the program of a function the program of its gradient. Nothing has been computed yet. Here is our neuron.
+# There is a second order in which to apply the chain rule. *Forward mode* carries along, with each value, its slope in one input direction: `jax.jvp(f, (x,), (direction,))` gives $J\,d$. *Reverse mode*, `jax.vjp`, gives $g^\top J$. For $f: \mathbb R^n \to \mathbb R^m$ the whole Jacobian takes $n$ forward passes or $m$ backward ones. A loss has $m = 1$.
+
+# %%
+x, W = jnp.array([0.5, -0.3, 0.2]), jnp.arange(6.0).reshape(2, 3) / 5
+layer = functools.partial(jnp.matmul, W)
+
+
+def f(x):
+    return jnp.tanh(layer(x))
+
+
+columns = [jax.jvp(f, (x,), (direction,))[1] for direction in jnp.eye(3)]
+value, pullback = jax.vjp(f, x)
+rows = [pullback(g)[0] for g in jnp.eye(2)]
+print("3 forward passes give columns of shape", columns[0].shape)
+print("2 backward passes give rows of shape  ", rows[0].shape)
+assert jnp.allclose(jnp.stack(columns, 1), jnp.stack(rows)) and value.shape == (2,)
+assert jnp.allclose(jax.jacfwd(f)(x), jnp.stack(rows), atol=1e-6)
+
+# %% [markdown]
+# What does the gradient cost, compared with the loss alone? **Predict** for a network of four layers, counting matrix products only. Ours: for each product forwards, $\bar A = \bar C B^\top$ and $\bar B = A^\top\bar C$ are two products backwards. That makes three times the forward cost, less one product: nobody asks for the slope of the data. We need no stopwatch: JAX shows the program as a *jaxpr*, and we count.
 
 
 # %%
-def neuron(w, x, b):
-    """tanh(w·x + b) with w, x of shape (2,)."""
-    return jnp.tanh(jnp.dot(w, x) + b)
+def mlp(weights, x):
+    for W in weights:
+        x = jnp.tanh(x @ W)
+    return jnp.sum(x)
 
 
-def show(f, *args):
-    """Print the jaxpr of f for these arguments."""
-    print(jax.make_jaxpr(f)(*args).pretty_print(use_color=False))
+def count(f: Callable, *args: Any, name: str = "") -> int:
+    """How many steps of a kind, or of any, the jaxpr of f(*args) has."""
+    steps = jax.make_jaxpr(f)(*args).eqns
+    return sum(name in step.primitive.name for step in steps)
 
 
-w, x, b = jnp.array([0.5, -0.3]), jnp.array([1.0, 2.0]), jnp.float32(1.0)
-show(neuron, w, x, b)
-
-# %% [markdown]
-# Three operations: `dot_general`, `add`, `tanh`, each with the type of its result. And the gradient by $w$:
-
-# %%
-show(jax.grad(neuron), w, x, b)
-print("JAX: ", *(f"{g:+.4f}" for g in jax.grad(neuron)(w, x, b)))
-print("ours:", f"{inputs['w1'].grad:+.4f} {inputs['w2'].grad:+.4f}")
-assert np.allclose(jax.grad(neuron)(w, x, b), [inputs["w1"].grad, inputs["w2"].grad], atol=1e-6)
+weights = list(jax.random.normal(KEYS["mlp"], (4, 8, 8)) / 8**0.5)
+data = jnp.ones((5, 8))
+forward = count(mlp, weights, data, name="dot_general")
+backward = count(jax.grad(mlp), weights, data, name="dot_general")
+print(f"matrix products: {forward} for the loss, {backward} with all gradients")
+print("tanh computed anew backwards:", count(jax.grad(mlp), weights, data, name="tanh") > 4)
+assert (forward, backward) == (4, 3 * 4 - 1)
 
 # %% [markdown]
-# Read it as our backward pass, written out: the forward operations, then $(1 - y) + (1 - y)\,y$, which is $1 - y^2$, and at the end a multiplication with $x$. A gradient is a program like any other. So it can be differentiated again, compiled, or applied to a batch, and the order is ours to choose.
-# The bigram loss, and a second derivative:
-
-
-# %%
-def jax_bigram_loss(W):
-    """The loss of section 4, for a JAX array of logits (V, V)."""
-    log_p = jax.nn.log_softmax(W[here], axis=-1)
-    return -log_p[jnp.arange(N), following].mean()
-
-
-W0 = np.random.default_rng(0).normal(size=(V, V))
-ours = Tensor(W0)
-gradients(bigram_loss(ours))
-theirs = jax.grad(jax_bigram_loss)(jnp.array(W0, jnp.float32))
-print("bigram gradients equal within 1e-6:", np.allclose(ours.grad, theirs, atol=1e-6))
-second = jax.grad(jax.grad(jnp.tanh))(0.7)
-print(
-    f"second derivative of tanh at 0.7: {second:.4f}; −2 y (1 − y²) = {-2 * math.tanh(0.7) * exact:.4f}"
-)
-assert np.allclose(ours.grad, theirs, atol=1e-6)
-
-# %% [markdown]
-# ### Forwards, backwards, and the price
+# Three passes for the price of all slopes, whether there are 256 weights or 405 billion. (Hence the rule of chapter 13: six operations per weight and token, two forwards and four backwards.) The price is memory: every `tanh` output is kept until the way back. `jax.checkpoint` trades it for time; exercise 3.
 #
-# There are two ways to apply the chain rule to a chain of Jacobians $J_3 J_2 J_1$. Multiply a vector from the right, $J_3(J_2(J_1 v))$: *forward mode*, `jax.jvp`, a Jacobian–vector product. It answers: if the inputs move along $v$, how does the output move? Or from the left, $((u^\top J_3) J_2) J_1$:
-# *reverse mode*, `jax.vjp`. It answers: how does $u \cdot \text{output}$ depend on each input? One `jvp` is a column of the Jacobian, one `vjp` is a row.
+# ## What tracing sees
+#
+# How does JAX get at the steps? It calls your function with *tracers*: stand-ins that know shape and dtype and no numbers, and write down what is done to them. Our `Value` does the same, with numbers. Here is one neuron, and its gradient.
 
 
 # %%
-def layer(x):
-    """From three numbers to two."""
-    A = jnp.array([[1.0, 2.0, 0.5], [-1.0, 0.3, 1.5]])
-    return jnp.tanh(A @ x)
+def neuron(w, b, x):
+    return jnp.tanh(w @ x + b)
 
 
-x3 = jnp.array([0.1, -0.2, 0.3])
-columns = [jax.jvp(layer, (x3,), (e,))[1] for e in jnp.eye(3)]
-_, pull = jax.vjp(layer, x3)
-rows = [pull(u)[0] for u in jnp.eye(2)]
-print("three jvp, side by side:\n", np.stack(columns, axis=1).round(3))
-print("two vjp, stacked:\n", np.stack(rows).round(3))
-assert np.allclose(np.stack(columns, axis=1), np.stack(rows), atol=1e-6)
+w, b, x = jnp.array([0.5, -0.8]), jnp.float32(0.1), jnp.array([0.66, 0.87])
+print(jax.make_jaxpr(neuron)(w, b, x).pretty_print(use_color=False))
+print("the gradient:", end=" ")
+print([step.primitive.name for step in jax.make_jaxpr(jax.grad(neuron))(w, b, x).eqns])
 
 # %% [markdown]
-# The same matrix. With three inputs and two outputs it took three passes forwards or two backwards. A loss has *one* output and millions of inputs: one pass backwards.
-#
-# **Predict.** Take four layers of width 256, a quarter of a million weights. Poking costs half a million evaluations. How many forward passes is one reverse-mode gradient worth, in arithmetic operations? We say a bit below three. A matrix product $xw$ forwards becomes two backwards, $\bar u w^\top$ and $x^\top \bar u$; only the first layer needs
-# one, since nobody asks for the gradient by the input. So $(4 + 4 + 3)/4 = 2.75$.
-
-
-# %%
-def mlp_loss(weights, x):
-    """Four layers of tanh, and the mean square of what comes out."""
-    for w in weights:
-        x = jnp.tanh(x @ w)
-    return jnp.mean(x**2)
-
-
-weights = [jax.random.normal(k, (256, 256)) / 16 for k in jax.random.split(KEYS["weights"], 4)]
-batch = jax.random.normal(KEYS["inputs"], (64, 256))
-
-
-def operations(f):
-    """Arithmetic operations of f(weights, batch), as XLA counts them."""
-    return jax.jit(f).lower(weights, batch).cost_analysis()["flops"]
-
-
-price = operations(jax.value_and_grad(mlp_loss)) / operations(mlp_loss)
-ledger.result("a gradient of four layers", price, "times the operations of the loss", digits=2)
-assert 2.7 < price < 2.8
-
-# %% [markdown]
-# This is the number promised in section 1. It does not depend on how many weights there are: reverse mode gives all derivatives for a small constant times the cost of the function. Chapter 13 will use it as $C \approx 6ND$: two operations per weight and token forwards, four backwards.
-# What reverse mode costs in exchange is memory: every value that a pull-back needs has to be kept until the pass comes back to it.
-#
-# ## 6 vmap: write for one, run for many
-#
-# `jax.vmap` turns a function of one example into a function of a batch. It does not loop; it rewrites each operation of the jaxpr, so that a matrix–vector product becomes a matrix–matrix product. It composes with `grad`, which gives something that most libraries make hard: the gradient of *each example*.
-
-# %%
-xs = jax.random.normal(KEYS["inputs"], (5, 2))
-each = jax.vmap(jax.grad(neuron), in_axes=(None, 0, None))(w, xs, b)
-loop = jnp.stack([jax.grad(neuron)(w, one, b) for one in xs])
-print("one gradient per example:", each.shape, "| equal to a loop:", bool(jnp.allclose(each, loop)))
-show(jax.vmap(neuron, in_axes=(None, 0, None)), w, xs, b)
-assert jnp.allclose(each, loop, atol=1e-6)
-
-# %% [markdown]
-# In the jaxpr the `dot_general` now takes a `[5,2]` array. The text of `neuron` has no batch in it.
-#
-# ## 7 jit: what the compiler sees
-#
-# Run as it is, a JAX function sends one operation after the other to the machine. `jax.jit` hands the whole program to a compiler, XLA. The program that goes in is the jaxpr in another spelling, StableHLO:
-
-# %%
-lowered = jax.jit(neuron).lower(w, x, b)
-for row in lowered.as_text().splitlines():
-    if "stablehlo." in row:
-        print(row.strip().partition(" : ")[0])
-
-# %% [markdown]
-# What comes out depends on the processor, so the next output is not compared when the chapter is tested. On a CPU you will most likely see a single `fusion`: dot product, addition and tanh have become one loop that reads its inputs once and writes its result once.
+# Read it as our graph: three steps forwards; then $1 - y^2$, written as $(1 - y) + y(1 - y)$, and a product with $x$. There is no recorder left, only a program. Because it is a program, it can be compiled. `jax.jit` hands it to XLA, whose result (*HLO*, high-level operations) follows. It is the real thing, and it changes with the version and the processor, so this cell is not compared.
 
 # %% tags=["nbval-ignore-output"]
-for row in lowered.compile().as_text().splitlines():
-    if " = " in row:
-        print(row.strip().split(", metadata")[0][:110])
+hlo = jax.jit(jax.grad(neuron)).lower(w, b, x).compile().as_text()
+print("\n".join(line.split(", metadata")[0] for line in hlo[hlo.index("\n\n%") :].splitlines()))
 
 # %% [markdown]
-# When does tracing happen? **Predict** how often the word is printed below: the function is called four times, on vectors of length 2, 2, 2 and 3.
-
+# What to see: the last block, `ENTRY`, is the program. It calls few *fusions*; each is one loop in machine code that does several of our steps while a number is in a register. The stable part of it:
 
 # %%
-@jax.jit
-def traced_double(x):
-    """Twice x, and a print that only tracing sees."""
-    print(f"tracing {x.shape}, x is a {type(x).__name__[-6:]}")
-    return 2 * x
-
-
-for size in (2, 2, 2, 3):
-    traced_double(jnp.ones(size))
-print(f"compiled programs kept: {traced_double._cache_size()}")
+entry = hlo[hlo.index("ENTRY") :]
+steps = count(jax.grad(neuron), w, b, x)
+print(f"steps in the jaxpr: {steps}; fewer operations in the entry:", end=" ")
+operations = [s for s in entry.splitlines() if " = " in s and " parameter(" not in s]
+print(len(operations) < steps)
+assert len(operations) < steps
 
 # %% [markdown]
-# Twice, once for each shape. The compiled program holds operations on arrays and no `print`. A jitted function is Python the first time, and something else ever after. Most of the errors in section 9 are this sentence, forgotten.
+# ## What JAX adds
 #
-# ## 8 Four more words: scan, pytree, key, sharding
+# All of it is of one kind: a function goes in, a function comes out. So the transformations combine, in any order. That is why this course is in JAX: the formula stays visible, and gradients, batches, compilation and parallelism are put around it from outside. In our engine each would be a new engine.
 #
-# **scan.** A Python loop is unrolled while tracing: a thousand steps are a thousand copies in the program, and the compiler chokes. `jax.lax.scan` traces the body once. Chapter 04 runs recurrent networks with it.
+# **`vmap`** turns a function of one example into one of a batch. Per-example gradients, hard in most frameworks, are one line: `vmap(grad(f))`. **Predict:** how many matrix products does a batch of 32 need under `vmap`?
+
+# %%
+batch = jax.random.normal(KEYS["draw"], (32, 2))
+per_example = jax.vmap(jax.grad(neuron), in_axes=(None, None, 0))
+one_by_one = jnp.stack([jax.grad(neuron)(w, b, row) for row in batch])
+assert jnp.allclose(per_example(w, b, batch), one_by_one, atol=1e-6)
+products = count(jax.vmap(neuron, (None, None, 0)), w, b, batch, name="dot_general")
+print("per-example gradients:", per_example(w, b, batch).shape)
+print(f"matrix products for 32 neurons under vmap: {products}; in a loop: 32")
+assert products == 1
+
+# %% [markdown]
+# **`scan`** is the loop as one step. A Python loop is unrolled while it is traced, so its program grows with the number of turns, and so does the time to compile it. A scan is written once. The values agree, and so do the gradients.
 
 
 # %%
-def step(h, x):
-    """One step of a leaky sum: the new state, and what to keep."""
-    h = 0.9 * h + x
-    return h, h
+def by_loop(x, n):
+    for _ in range(n):
+        x = jnp.sin(x) + 0.1
+    return x
 
 
-def looped(xs):
-    """The states after each x, by a Python loop."""
-    h, kept = 0.0, []
-    for x in xs:
-        h, out = step(h, x)
-        kept.append(out)
-    return jnp.stack(kept)
+def by_scan(x, n):
+    return jax.lax.scan(lambda x, _: (jnp.sin(x) + 0.1, None), x, length=n)[0]
 
 
-def scanned(xs):
-    """The same by scan."""
-    return jax.lax.scan(step, 0.0, xs)[1]
-
-
-line = jnp.array(ids, jnp.float32)
-sizes = [len(jax.make_jaxpr(f)(line).jaxpr.eqns) for f in (looped, scanned)]
-print(
-    f"{len(line)} steps: {sizes[0]} operations in the unrolled program, {sizes[1]} in the scanned one"
-)
-assert jnp.allclose(looped(line), scanned(line), rtol=1e-5)
-assert jnp.allclose(
-    jax.grad(lambda x: looped(x)[-1])(line), 0.9 ** jnp.arange(N, -1, -1), atol=1e-5
-)
+for n in (10, 100):
+    loop, scan = [count(functools.partial(g, n=n), 0.5) for g in (by_loop, by_scan)]
+    print(f"{n:3} turns: {loop:3} steps unrolled, {scan} with scan")
+slopes = [float(jax.grad(g)(0.5, 100)) for g in (by_loop, by_scan)]
+print("gradients agree:", math.isclose(*slopes, rel_tol=1e-4))
+assert math.isclose(*slopes, rel_tol=1e-4)
 
 # %% [markdown]
-# **pytree.** Parameters come in many arrays. JAX takes any nest of lists, tuples and dictionaries, and returns the gradient in the same nest. An Equinox module (chapter 03) is a pytree, too.
+# **Pytrees.** `jax.tree.map` applies a function to matching leaves of several trees. A step of gradient descent on any model is one line:
 
 # %%
-model = {"first": {"w": jnp.ones((2, 3)), "b": jnp.zeros(3)}, "last": [jnp.ones(3)]}
-loss_of = lambda m: jnp.sum(jnp.tanh(x @ m["first"]["w"] + m["first"]["b"]) * m["last"][0])  # noqa: E731
-print(jax.tree.map(jnp.shape, jax.grad(loss_of)(model)))
+descended = jax.tree.map(lambda p, g: p - 0.3 * g, small, jax.grad(jax_loss)(small))
+print({name: array.shape for name, array in descended.items()})
+print("the loss falls:", bool(jax_loss(descended) < jax_loss(small)))
+assert jax_loss(descended) < jax_loss(small)
 
 # %% [markdown]
-# **key.** A function whose result depends on a hidden random state can't be traced, cached or repeated. So JAX has none. A key is a value; the same key gives the same numbers, and `split` makes new keys.
+# **Keys.** A function that is traced once can't hide a random state: a draw must be a function of its arguments. So JAX passes a *key*. The same key gives the same numbers, always. `split` makes new keys from one, `fold_in(key, n)` the $n$-th. A key is used once.
 
 # %%
-key = jax.random.key(7)
-one, two = jax.random.split(key)
-print(
-    "same key, same numbers:", bool((jax.random.normal(one, 3) == jax.random.normal(one, 3)).all())
-)
-print(
-    "other key, other numbers:",
-    bool((jax.random.normal(one, 3) != jax.random.normal(two, 3)).all()),
-)
+key = KEYS["check"]
+first, second = jax.random.split(key)
+same = bool(jnp.all(jax.random.normal(key, (4,)) == jax.random.normal(key, (4,))))
+apart = bool(jnp.any(jax.random.normal(first, (4,)) == jax.random.normal(second, (4,))))
+print("same key, same numbers:", same, "| split keys share a number:", apart)
+assert same and not apart
 
 # %% [markdown]
-# **sharding.** The array type knows on which devices its parts lie. The program stays as it is; the compiler divides the work and adds the communication. A CPU is one device, but XLA can be told to pretend that it is four (in a process of its own, since this is decided when JAX starts). The parts of the paper
-# on parallel training (§3.3) are built from this, in chapters 25 and 26.
+# **Sharding, in one glimpse.** Lay an array out over several devices and call the *same* function: the compiler splits the work and puts in the communication. Your laptop has one CPU device, but XLA can pretend that there are four, if it is told before it starts; hence a process of its own. **Predict:** the batch is split over four devices, and the weights are on each.
+# What must the devices tell each other to get the gradient of the weights?
 
 # %%
 program = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-mesh = jax.make_mesh((4,), ("data",))
-x, w = jnp.arange(48.0).reshape(8, 6), jnp.ones((6, 2))
-parts = jax.device_put(x, NamedSharding(mesh, P("data")))
-y = jax.jit(jnp.matmul)(parts, w)
-print(len(jax.devices()), "devices; each holds", y.addressable_shards[0].data.shape, "of", y.shape)
-print("same result:", bool((y == x @ w).all()))
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+w = jnp.arange(6.0).reshape(3, 2) / 6
+x = jnp.sin(jnp.arange(24.0)).reshape(8, 3)
+split = jax.device_put(x, NamedSharding(mesh, P("data")))
+whole = jax.device_put(w, NamedSharding(mesh, P()))
+step = jax.jit(jax.grad(loss))
+print(jax.device_count(), "devices; each holds rows of shape", split.addressable_shards[0].data.shape)
+print("same gradient:", bool(jnp.allclose(step(whole, split), step(w, x), atol=1e-6)))
+print("all-reduce in the program:", "all-reduce" in step.lower(whole, split).compile().as_text())
+print("all-reduce on one device: ", "all-reduce" in step.lower(w, x).compile().as_text())
 """
-flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-pretend = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-done = subprocess.run([sys.executable, "-c", program], env=pretend, capture_output=True, text=True)
-print(done.stdout, end="")
-assert done.returncode == 0, done.stderr
-
-# %% [markdown]
-# ## 9 The errors everyone meets
-#
-# Each of these has cost somebody an afternoon. We provoke them and print the class of the error, if there is one. The worst are those where there is none.
-
-
-# %%
-def provoke(action):
-    """The class of the error that an action raises, or what it returns without one."""
-    try:
-        return f"no error: {action()}"
-    except Exception as error:
-        return type(error).__name__
-
-
-# %% [markdown]
-# **A decision on a number.** In a jitted function `x` has no value, so Python can't branch on it. Nor can a shape depend on a value. Use `jnp.where`, `jax.lax.cond` or a mask; or name the argument as static, if it is a setting and not data.
-
-# %%
-vector = jnp.array([1.0, -2.0, 3.0])
-branch = jax.jit(lambda x: x if x.sum() > 0 else -x)
-print("if on a tracer:      ", provoke(lambda: branch(vector)))
-print("x[x > 0]:            ", provoke(lambda: jax.jit(lambda x: x[x > 0])(vector)))
-print("arange(n):           ", provoke(lambda: jax.jit(jnp.arange)(3)))
-print("arange(n), n static: ", provoke(lambda: jax.jit(jnp.arange, static_argnums=0)(3)))
-print(
-    "where instead of if: ",
-    provoke(lambda: jax.jit(lambda x: jnp.where(x.sum() > 0, x, -x))(vector)),
+flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+done = subprocess.run(
+    [sys.executable, "-c", program], env=os.environ | flags, capture_output=True, text=True
 )
+print(done.stdout, end="")
+assert done.returncode == 0 and "same gradient: True" in done.stdout, done.stderr
 
 # %% [markdown]
-# **A leaked tracer.** Something that lives outside the function keeps what it saw inside: a list, a global, an attribute. The call succeeds. The error comes later, elsewhere. Return what you want to keep.
+# Each computes the gradient of its two rows, and they sum: one *all-reduce*. We wrote no word about it. Chapter 25 builds this by hand.
+#
+# ## The errors everyone meets
+#
+# All come from one fact: *your Python runs once, on tracers; what runs later is the recorded program.* We provoke each, catch it, and give its cure.
+
+
+# %%
+def provoke(call: Callable, meaning: str) -> None:
+    """Run something that must fail, and print the class of the error with our reading of it."""
+    try:
+        call()
+    except Exception as error:
+        print(f"{type(error).__name__}: {meaning}")
+    else:
+        raise RuntimeError("no error was raised")
+
+
+v, leaked = jnp.array([0.2, -0.4]), []
+
+
+@jax.jit
+def leaky(x):
+    leaked.append(x * 2)  # a side effect: the tracer escapes
+    return x + 1
+
+
+leaky(v)
+provoke(lambda: leaked[0] + 1, "a tracer outlived its tracing; return it instead")
+
+
+@jax.jit
+def tight(x):
+    return x + 1, x * 2
+
+
+assert jnp.allclose(tight(v)[1], 2 * v)
+
+# %% [markdown]
+# **Side effects** that keep no tracer raise nothing. They happen when the function is traced, and then never again. **Predict** the length of the list after five calls.
 
 # %%
 seen = []
 
 
 @jax.jit
-def remember(x):
-    """Twice x; and a tracer escapes."""
-    seen.append(x)
-    return 2 * x
-
-
-print("the call itself:", provoke(lambda: remember(1.0)))
-print("the next use:   ", provoke(lambda: seen[0] + 1))
-
-# %% [markdown]
-# **A side effect.** It happens while tracing, and never again. No error.
-
-# %%
-calls = {"counted": 0}
-
-
-@jax.jit
-def counting(x):
-    """Twice x; the count is a side effect."""
-    calls["counted"] += 1
-    return 2 * x
+def chatty(x):
+    seen.append("called")
+    return x + 1
 
 
 for _ in range(5):
-    counting(1.0)
-print(f"called 5 times, counted {calls['counted']}")
+    chatty(v)
+print("five calls, the list has length", len(seen))
+assert len(seen) == 1
 
 # %% [markdown]
-# **Writing into an array.** Arrays don't change; `.at[...]` makes a copy (inside `jit` the compiler usually avoids it).
-
-
-# %%
-def write(x):
-    """NumPy's way."""
-    x[0] = 9.0
-
-
-print("x[0] = 9:       ", provoke(lambda: write(vector)))
-print("x.at[0].set(9): ", provoke(lambda: vector.at[0].set(9.0)))
-
-# %% [markdown]
-# **An index out of range.** On a GPU an exception can't be raised in the middle of a program. So JAX reads the nearest entry, or skips the write, silently. A token id that is too large gets the last token's vector. (Chapter 10 returns NaN there, on purpose.)
-
-# %%
-print("x[100] of three numbers:", provoke(lambda: vector[100]))
-print(
-    "asked to fill:          ", provoke(lambda: vector.at[100].get(mode="fill", fill_value=jnp.nan))
-)
-
-# %% [markdown]
-# **A key used twice.** No error, and two things that should be independent are equal.
-
-# %%
-init, noise = jax.random.normal(key, 1000), jax.random.normal(key, 1000)
-fresh = [jax.random.normal(k, 1000) for k in jax.random.split(key)]
-print(f"same key twice: correlation {np.corrcoef(init, noise)[0, 1]:.2f}")
-print(f"split: below 0.1: {abs(np.corrcoef(*fresh)[0, 1]) < 0.1}")
-
-# %% [markdown]
-# **A NaN from the road not taken.** `where` computes both branches. The forward result is right. Backwards the branch that was not taken gets the gradient 0, times the derivative of $\log$ at 0, which is infinite; and $0 \cdot \infty$ is NaN. Make the input safe first.
-
-# %%
-risky = lambda x: jnp.where(x > 0, jnp.log(x), 0.0)  # noqa: E731
-safe = lambda x: jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1.0)), 0.0)  # noqa: E731
-print(f"value at 0: {risky(0.0)}, gradient {jax.grad(risky)(0.0)}")
-print(f"made safe:  {safe(0.0)}, gradient {jax.grad(safe)(0.0)}")
-
-# %% [markdown]
-# ## 10 Speed, as ratios
+# The cure: return what you want to know. To print from the running program there is `jax.debug.print`. A *changed* global is the same trap the other way round: its old value is in the program.
 #
-# Seconds belong to a machine; ratios travel better. We take the best of several repetitions, and print only whether a ratio exceeds a bound that is far on the safe side.
-#
-# **Predict.** A chain of 30 operations on a hundred numbers: how much faster is it compiled? And 200 small gradients: how much faster in one `vmap` than one by one (each compiled)? We expect ten times and fifty times: what we save is not arithmetic but the fixed price, some microseconds, of each call.
+# **Python that depends on numbers.** A tracer has no number, so `if`, `range` and `float` can't use it. The cures: choose with `jnp.where` or `jax.lax.cond`; loop with `jax.lax.fori_loop`; or declare the argument static, which compiles anew for each of its values.
 
 
 # %%
-def chain(x):
-    """Thirty operations."""
-    for _ in range(15):
-        x = jnp.sin(x) * 1.01
-    return x
+def mirror(x):
+    return x if x.sum() > 0 else -x
 
 
-def seconds(f, *args):
-    """The best time of a call, after one call to warm up."""
-    jax.block_until_ready(f(*args))
-    return min(timeit.repeat(lambda: jax.block_until_ready(f(*args)), number=3, repeat=15)) / 3
+def powers(x, n):
+    return sum(x**i for i in range(n))
 
 
-hundred, many = jnp.linspace(0, 1, 100), jax.random.normal(KEYS["inputs"], (200, 2))
-gradient = jax.jit(jax.grad(neuron))
-together = jax.jit(jax.vmap(jax.grad(neuron), in_axes=(None, 0, None)))
-compiled = seconds(chain, hundred) / seconds(jax.jit(chain), hundred)
-one_by_one = lambda: [gradient(w, x, b) for x in many]  # noqa: E731
-batched = seconds(one_by_one) / seconds(together, w, many, b)
-print(f"compiled chain more than 2 times faster: {compiled > 2}")
-print(f"one vmap more than 20 times faster than 200 calls: {batched > 20}")
-assert compiled > 2 and batched > 20
+provoke(lambda: jax.jit(mirror)(v), "an `if` asks a tracer for a number; use jnp.where")
+provoke(lambda: jax.jit(powers)(v, 3), "`range` asks a tracer for a number; make it static")
+assert jnp.allclose(jax.jit(lambda x: jnp.where(x.sum() > 0, x, -x))(v), mirror(v))
+assert jnp.allclose(jax.jit(powers, static_argnames="n")(v, n=3), powers(v, 3))
 
 # %% [markdown]
-# And the ratios themselves, on the machine that ran this last; they are not compared when the chapter is tested.
+# **Shapes that depend on numbers.** A program has fixed shapes, so `x[x > 0]` has no program: how long is its result? Keep the shape and mask instead. And NumPy's own functions want numbers, so inside `jit` they must be `jnp`'s.
 
-# %% tags=["nbval-ignore-output"]
-print(f"compiled chain: {compiled:.0f} times; one vmap: {batched:.0f} times")
+# %%
+provoke(lambda: jax.jit(lambda x: x[x > 0].sum())(v), "the shape would depend on numbers; mask")
+provoke(lambda: jax.jit(jnp.arange)(3), "a length must be known while tracing; make it static")
+provoke(lambda: jax.jit(lambda x: np.tanh(x))(v), "NumPy wants numbers; use jnp")
+masked = jax.jit(lambda x: jnp.where(x > 0, x, 0.0).sum())
+assert float(masked(v)) == float(v[v > 0].sum())
+print("masked sum equals the sum of the chosen:", True)
 
 # %% [markdown]
-# The batch is near our guess. Compiling gains less than we thought: a compiled call has a fixed price, too, that of several eager operations. And our own engine? It is not slow because its arithmetic is: NumPy's is fine. It is slow as eager JAX is, by one Python call per operation. For large arrays that price vanishes, and the gain of compiling shrinks to what fusion saves in memory traffic.
-#
-# ## 11 Trust no gradient
-#
-# Automatic derivatives are right by construction, as long as nobody writes a rule by hand. People do: for speed, for numerical stability, for kernels. Then poking, slow and inexact as it is, becomes valuable again, because it is *independent*. The next function compares `jax.grad` with central differences. It works in double precision, where
-# section 1 found ten good digits, and it says *where* a gradient is wrong.
+# **Arguments.** `grad` wants a number from the function and real numbers as arguments; arrays can't be changed in place, for others may hold them.
 
 
 # %%
-#| export
-def is_float(x: Any) -> bool:
-    """Whether x is a real floating-point array or number: what can be differentiated."""
-    return eqx.is_inexact_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+def assign():
+    v[0] = 1.0
 
 
-def differences(
-    f: Callable, leaves: list, at: int, chosen: np.ndarray, step: float
-) -> Iterator[float]:
-    """Central differences of f(leaves) by the chosen entries of leaf number `at`."""
-    flat, shape = leaves[at].ravel(), leaves[at].shape
-    for i in chosen:
-        ends = []
-        for move in (step, -step):
-            moved = flat.at[i].add(move).reshape(shape)
-            ends.append(float(f([*leaves[:at], moved, *leaves[at + 1 :]])))
-        yield (ends[0] - ends[1]) / (2 * step)
-
-
-# %%
-#| export public
-def check_gradients(
-    f: Callable, *args: Any, step: float = 1e-5, tolerance: float = 1e-6, entries: int = 32
-) -> float:
-    """Compare jax.grad of a scalar function with central differences, in fp64; the largest error.
-
-    All floats in args (arrays, pytrees, Equinox modules) are differentiated, everything else is
-    constant. Of a leaf with more than `entries` entries a fixed random choice is checked. Errors are
-    relative to the largest gradient of their leaf, or to what rounding can hide if that is larger.
-    Raises AssertionError naming argument, leaf, index and both numbers; ValueError if f returns no
-    scalar or there is nothing to differentiate. Where f has a kink, differences mean nothing.
-    """
-    with jax.enable_x64(True):
-        moving, fixed = eqx.partition(args, is_float)
-        paths, structure = jax.tree.flatten_with_path(moving)
-        leaves = [jnp.asarray(leaf, jnp.float64) for _, leaf in paths]
-        if not leaves:
-            raise ValueError("there is no float in the arguments: nothing to differentiate")
-        of_leaves = jax.jit(lambda new: f(*eqx.combine(structure.unflatten(new), fixed)))
-        if shape := jax.eval_shape(of_leaves, leaves).shape:
-            raise ValueError(f"a gradient is of a scalar, f returns shape {shape}")
-        value, slopes = jax.value_and_grad(of_leaves)(leaves)
-        hidden = 10 * np.finfo(float).eps * max(1.0, abs(float(value))) / step / tolerance
-        random, largest = np.random.default_rng(0), 0.0
-        for at, ((path, leaf), slope) in enumerate(zip(paths, slopes, strict=True)):
-            chosen = random.permutation(slope.size)[:entries]
-            numeric = np.array([*differences(of_leaves, leaves, at, chosen, step)])
-            exact = np.asarray(slope).ravel()[chosen]
-            scale = max(np.abs(slope).max(), np.abs(numeric).max(), hidden)
-            error = np.nan_to_num(np.abs(exact - numeric) / scale, nan=np.inf)
-            if (worst := error.max()) > tolerance:
-                i = int(error.argmax())
-                index = tuple(int(n) for n in np.unravel_index(chosen[i], np.shape(leaf)))
-                where = f"argument {path[0].idx}{jax.tree_util.keystr(path[1:])}, index {index}"
-                raise AssertionError(f"{where}: grad says {exact[i]:g}, differences {numeric[i]:g}")
-            largest = max(largest, float(worst))
-    return largest
-
-
-# %%
-print("bigram loss:", check_gradients(jax_bigram_loss, W0) < 1e-6)
-print("four layers:", check_gradients(mlp_loss, weights, batch) < 1e-6)
-print("a dictionary:", check_gradients(loss_of, model) < 1e-6)
+provoke(lambda: jax.grad(lambda x: 2 * x)(v), "grad is for one number; sum it, or use vjp")
+provoke(lambda: jax.grad(lambda x: 2.0 * x)(3), "an integer has no slope; pass a float")
+provoke(assign, "arrays do not change; v.at[0].set(1.0) is a changed copy")
+assert v.at[0].set(1.0)[0] == 1.0 and v[0] != 1.0
 
 # %% [markdown]
-# Now a rule by hand with a plausible slip: the derivative of $\tanh$ written as $1 - x^2$ where it should be $1 - y^2$. Near zero the two are almost the same.
+# **Reused keys** raise nothing either, and are the worst: two layers start equal, two dropout masks coincide, and the loss looks fine. JAX has a detector, off by default.
 
 
 # %%
-@jax.custom_vjp
-def fast_tanh(x):
-    """tanh with a hand-written pull-back, which is wrong."""
-    return jnp.tanh(x)
+def careless(key):
+    return jax.random.normal(key, (1000,)), jax.random.normal(key, (1000,))
 
 
-fast_tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - x * x),))
-layers = {"w": jnp.array([[0.01, 0.02], [0.5, -0.8]]), "b": jnp.zeros(2)}
-with_slip = lambda m, x: fast_tanh(m["w"] @ x + m["b"]).sum()  # noqa: E731
-print(provoke(lambda: check_gradients(with_slip, layers, x)))
+def careful(key):
+    return tuple(jax.random.normal(k, (1000,)) for k in jax.random.split(key))
+
+
+for draw_two in (careless, careful):
+    correlation = abs(float(jnp.corrcoef(jnp.stack(draw_two(KEYS["check"])))[0, 1]))
+    print(f"{draw_two.__name__}: |correlation| of two draws {correlation:.1f}")
+with jax.debug_key_reuse(True):
+    provoke(lambda: careless(jax.random.key(1)), "one key, two draws; split it")
+    careful(jax.random.key(1))
+
+# %% [markdown]
+# **Two silent ones.** An index beyond the end gives the last entry, since a compiled program has no way to stop. And a slope can be NaN where the value is fine: `where` stops the *value* of the branch not taken, but on the way back that branch still computes $0 \cdot \infty$. Guard the *input* of the root, not its output.
+
+# %%
+print("v[10] is the last entry:", bool(v[10] == v[-1]))
+unsafe = jax.grad(lambda x: jnp.where(x > 0, jnp.sqrt(x), 0.0))(0.0)
+safe = jax.grad(lambda x: jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0))(0.0)
+print(f"slope at 0: guarded outside {unsafe}, guarded inside {safe}")
+assert jnp.isnan(unsafe) and safe == 0
+
+# %% [markdown]
+# ## Speed, by ratio
+#
+# Four ways to the gradient of the same function for 256 examples of 64 numbers. **Predict**, as factors: our scalar engine against compiled JAX; JAX step by step (*eager*) against `jit`; a loop of jitted calls against `vmap`. And does `jit` help a single large matrix product?
+#
+# Ours: thousands; ten; a hundred; and no, it is one call into the same routine either way. Seconds depend on your machine, ratios much less. What is printed is a safe bound; the picture shows what your machine did.
+
+
+# %%
+def rough(x):
+    """Twenty cheap steps on a few numbers."""
+    for _ in range(10):
+        x = jnp.tanh(x) * 1.1
+    return jnp.sum(x)
+
+
+def seconds(call: Callable, repeats: int = 7) -> float:
+    """The quickest of some calls, after a warm-up that compiles."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def scalar_engine(row: list[float]) -> list[float]:
+    inputs = [Value(number) for number in row]
+    outputs = inputs
+    for _ in range(10):
+        outputs = [a.tanh() * 1.1 for a in outputs]
+    sum(outputs[1:], outputs[0]).backward()
+    return [a.grad for a in inputs]
+
+
+examples = jax.random.normal(KEYS["draw"], (256, 64))
+compiled, eager = jax.jit(jax.grad(rough)), jax.grad(rough)
+batched = jax.jit(jax.vmap(jax.grad(rough)))
+one = examples[0]
+assert np.allclose(scalar_engine(np.asarray(one, np.float64).tolist()), compiled(one), atol=1e-5)
+rows = list(examples)
+big = jax.random.normal(KEYS["mlp"], (1000, 1000))
+ratios = {
+    "scalar engine / jit + vmap": 256
+    * seconds(lambda: scalar_engine(one.tolist()), 3)
+    / seconds(lambda: batched(examples)),
+    "loop of jit / jit + vmap": seconds(lambda: [compiled(row) for row in rows], 3)
+    / seconds(lambda: batched(examples)),
+    "eager / jit": seconds(lambda: eager(one)) / seconds(lambda: compiled(one)),
+    "eager / jit, one large product": seconds(lambda: big @ big)
+    / seconds(lambda: jax.jit(jnp.matmul)(big, big)),
+}
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.4))
+ax.barh(list(ratios), list(ratios.values()))
+ax.axvline(1, color="0.3", linewidth=1)
+ax.set(xscale="log", xlabel="times slower")
+ax.invert_yaxis()
+plt.show()
+bounds = {"scalar engine / jit + vmap": 100, "loop of jit / jit + vmap": 3, "eager / jit": 3}
+for name, bound in bounds.items():
+    print(f"{name}: more than {bound} times: {ratios[name] > bound}")
+    assert ratios[name] > bound
+alone = ratios["eager / jit, one large product"]
+print("eager / jit, one large product: between a third and three:", 1 / 3 < alone < 3)
+assert 1 / 3 < alone < 3
+
+# %% [markdown]
+# Each bar is a ratio of times; the line at 1 is "no difference". On the machine where this was written we had the two in the middle the wrong way round: eager lost by some fifty times, the loop of jitted calls by ten. The last bar is the null result that matters: `jit` removes Python and trips through memory *between* steps. Where one step is the whole work, there is nothing to remove.
+#
+# ## Break it: the bug that looks like a learning rate
+#
+# In `receive` we add. Suppose we forget to, and let each use overwrite the last: `self.grad = grad`. That is the most natural bug in an engine. Wherever a value is used once, nothing changes. But our network uses each $h_i$ twice, once in the tanh and once in the sum, and $E$ twice.
+#
+# **Predict:** does the network still learn, at a rate ten times smaller than before, to be safe? Ours: yes, but slower. The overwritten slope is still one part of the true one, so most steps should go downhill.
+
+
+# %%
+class Forgetful(Tensor):
+    def receive(self, grad):
+        self.grad = 0.0
+        super().receive(grad)
+
+
+curves = {
+    tensor.__name__: np.array([train(tensor, seed, rate=0.03) for seed in range(5)])
+    for tensor in (Tensor, Forgetful)
+}
+fig, ax = plt.subplots(figsize=(6, 3))
+for (name, curve), color in zip(curves.items(), ("C0", "C3"), strict=True):
+    ax.plot(curve.T, color=color, linewidth=1, label=[name] + ["_"] * 4)
+ax.axhline(floor, color="0.5", linestyle=":", label="entropy of the pairs")
+ax.set(xlabel="step", ylabel="loss in nats", ylim=(0, 5))
+ax.legend(loc="lower left")
+plt.show()
+for name, curve in curves.items():
+    fall = ledger.interval(curve[:, 0] - curve.min(axis=1), "nats", digits=1)
+    above = int(np.sum(curve[:, -1] > curve[:, 0]))
+    print(f"{name}: falls by {fall}; {above} of 5 seeds end above their start")
+assert np.all(curves["Forgetful"].min(axis=1) < curves["Forgetful"][:, 0] - 0.05)
+
+# %% [markdown]
+# Blue is right, red is the bug, five seeds each. We were half wrong. The loss does fall, for a hundred steps or so, and looks like a slow start. Then it blows up. Nothing in the red curves says "bug"; everybody would read them as "learning rate too high", and lower it. Now the check, handed the buggy slopes:
+
+# %%
+broken = {name: Forgetful(array) for name, array in start(0).items()}
+engine_loss(broken).backward()
 try:
-    check_gradients(with_slip, layers, x)
+    check_gradients(jax_loss, small, grads=({name: t.grad for name, t in broken.items()},))
+    raise RuntimeError("the bug passed")
 except AssertionError as error:
-    print(error)
+    print(str(error).split(" is ")[0], "is wrong")
+spoilt = [n for n in broken if not np.allclose(broken[n].grad, tensors[n].grad, atol=1e-6)]
+print("arrays with wrong slopes:", ", ".join(spoilt))
 
 # %% [markdown]
-# JAX has such a check, `jax.test_util.check_grads`. It moves all inputs at once along random directions, in both modes and to higher orders, which is faster and covers more. It says only that something is wrong. Ours says which weight. They must agree on what is right and what is wrong:
-
-# %%
-from jax.test_util import check_grads
-
-with jax.enable_x64(True):
-    arguments = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (weights, batch))
-    check_grads(mlp_loss, arguments, order=1, modes=["rev"])
-    broken = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (layers, x))
-    print(
-        "theirs, with the slip:",
-        provoke(lambda: check_grads(with_slip, broken, order=1, modes=["rev"])),
-    )
-
-# %% [markdown]
-# ## 12 Break it
+# It takes a second and no training. *A falling loss is no evidence that the gradient is right*, and a rising one no evidence against the learning rate. Check gradients by nudging once, for every new layer, before the first run.
 #
-# The classic bug of a home-made engine is one character: `=` for `+=` in the backward pass. A number that is used twice then keeps only its last gradient. It survives many tests, because in a chain nothing is used twice.
-
-
-# %%
-def careless_backward(output: Value) -> None:
-    """backward, with an assignment where a sum should be."""
-    order = topological(output)
-    output.grad = 1.0
-    for node in reversed(order):
-        for parent, derivative in node.parents:
-            parent.grad = derivative * node.grad
-
-
-for name, run in (("with the bug", careless_backward), ("without", backward)):
-    a = Value(3.0)
-    in_chain, squared = a.tanh().tanh(), a * a
-    run(in_chain)
-    chain_grad = a.grad
-    run(squared)
-    print(f"{name:13}: tanh(tanh(a)) {chain_grad:.4f}, a·a {a.grad:.0f}")
-
-# %% [markdown]
-# The chain is right both times. The square of 3 has the derivative 6, and the bug says 3. In a Transformer every residual connection uses its input twice, so the bug would cut off half of the signal at each layer, and training would go on, badly. What catches it: a function in which something is used twice, and poking.
-
-# %%
-h = 1e-5
-poked = ((3 + h) ** 2 - (3 - h) ** 2) / (2 * h)
-a = Value(3.0)
-squared = a * a
-backward(squared)
-assert math.isclose(a.grad, poked, rel_tol=1e-8)
-print(f"poked: {poked:.4f}")
-
-# %% [markdown]
 # ## Notes on the sources
 #
-# **Baydin, Pearlmutter, Radul and Siskind 2018** (*Automatic differentiation in machine learning: a survey*). It separates numerical, symbolic and automatic differentiation, with the V of section 1 as its argument against the first. We found the same V. It gives the cost of a reverse pass as a small constant times that of the function; section 5 counts 2.75 for four layers.
+# **Baydin, Pearlmutter, Radul and Siskind 2018**, *Automatic differentiation in machine learning: a survey.* Its distinction is the one to keep: this is not symbolic differentiation (no formula grows) and not numerical (no $\epsilon$). Its statement that a gradient costs a small constant times the function is our count of 11 products against 4.
 #
-# **Griewank and Walther 2008** (*Evaluating Derivatives*). The bound on that constant, five for a model of arithmetic in which every operation counts alike, is theirs. Ours is lower since matrix products, whose pull-back is two products, are nearly all of the work.
+# **Griewank and Walther 2008**, *Evaluating Derivatives.* The bound for reverse mode there is a factor of about four for general programs; for matrix products alone we count three. What reverse mode costs in memory, and recomputation as the way out, is theirs too.
 #
-# **Frostig, Johnson and Leary 2018** (*Compiling machine learning programs via high-level tracing*). The paper that introduced JAX: pure functions, traced to a small language, compiled by XLA. What it presents as a restriction, purity, is the origin of every error in section 9.
+# **Karpathy's micrograd.** A scalar engine of about a hundred lines, and the reason why so many people know what `backward` does. It keeps a closure per node, that writes into the parents; ours returns the slopes and lets `backward` add them, so that one place can be right or wrong. Its recursion for the order fails on long chains; ours doesn't recurse. It accumulates over calls, as PyTorch does; ours starts at zero each time.
 #
-# **Karpathy's micrograd.** The engine on numbers that made this subject teachable. Ours stores derivatives where his stores closures, which shows the chain rule as a sum of products on the edges of a graph. For arrays we need closures, too.
-#
+# **Frostig, Johnson and Leary 2018**, *Compiling machine learning programs via high-level tracing.* The paper of JAX: trace pure functions, compile the trace. The restrictions that we provoked are its assumption, that the traced part is pure and of fixed shape.
+
+# %% [markdown]
 # ## Remember
 #
-# **Q:** What does reverse mode compute, and at what price?
+# **Q:** Why is training done in reverse mode?
 #
-# **A:** The derivative of one output by all inputs, for about three times the operations of the function, whatever the number of inputs.
+# **A:** One backward walk gives the slopes of one number with respect to all inputs; forward mode or nudging needs a pass per input.
 #
-# **Q:** Why are gradients added up in the backward pass?
+# **Q:** What happens to the gradient of a value that is used twice?
 #
-# **A:** A number that is used several times reaches the output on several ways, and the chain rule adds the ways.
+# **A:** The slopes that come back from the two uses add.
 #
-# **Q:** What is a column of the Jacobian, and what is a row, in JAX?
+# **Q:** What does the gradient of a network cost, in matrix products?
 #
-# **A:** A column is one jvp (forward mode), a row is one vjp (reverse mode).
+# **A:** Three times the forward pass, less one product for the data: two backwards for each forwards.
 #
-# **Q:** When does the Python code of a jitted function run?
+# **Q:** Why can't a jitted function branch on a number in Python?
 #
-# **A:** Once for each new combination of shapes, types and static arguments, on tracers without values; later calls run the compiled program.
+# **A:** Python runs once, on tracers that know shape and dtype but no numbers; the recorded program runs later.
 #
-# **Q:** How do you test a gradient that somebody wrote by hand?
+# **Q:** Which size of nudge is best for a central difference, and what accuracy does it reach?
 #
-# **A:** Against central differences in double precision, at inputs where something is used twice and nothing is near zero.
-#
+# **A:** About the cube root of the rounding unit, u^(1/3); the error is then about u^(2/3), so five digits in single precision.
+
+# %% [markdown]
 # ## Exercises
 #
-# 1. **A new step.** Write `sigmoid` for `Tensor` as one step with its own pull-back. Success: equal to `1 / (1 + exp(−x))` in value, and its gradient within 1e-12 of $s(1-s)$.
-# 2. **Forward mode.** Write a class `Dual` of a value and a tangent with `+`, `*` and `tanh`, and run the neuron on it. Success: the tangent equals `jax.jvp` for a random direction.
-# 3. **A Hessian without a Hessian.** Multiply the Hessian of the bigram loss with a vector by composing `jvp` and `grad`, without forming the matrix. Success: equal to `jax.hessian` times the vector, for $V \times V$ weights.
-# 4. **Memory for time.** `jax.checkpoint` forgets the values inside a function and computes them again on the way back. Wrap each layer of `mlp_loss` with it. Success: the same gradient, and the operations counted rise from 2.75 to about 3.75 forward passes. Say why.
+# 1. **A rule of your own.** Add `relu` to a subclass of `Tensor`, and find the point where finite differences disagree with it. *Success:* right at 1 and −1, and you can say why nudging gives 1/2 at 0.
+# 2. **Softmax minus truth.** With `Tensor`, find the gradient of the mean loss with respect to a table of logits, `logits[now]`, at zero. *Success:* it is (count(c) · p − count(c, w)) / N, chapter 01's formula, to 1e-12.
+# 3. **Memory for time.** Wrap each layer of `mlp` in `jax.checkpoint`. *Success:* the same gradients, and you can say why the gradient's program now holds more `tanh`.
+# 4. **A product with the Hessian.** Write `hvp(f, x, d)`, the product of the second derivative with a direction, without forming the matrix. *Success:* it agrees with `jax.hessian(f)(x) @ d`.
 
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution 1
-def sigmoid(x: Tensor) -> Tensor:
-    s = 1 / (1 + np.exp(-x.data))
-    return Tensor(s, ((x, lambda g: g * s * (1 - s)),))
+class Rectified(Tensor):
+    def relu(self):
+        on = self.data > 0
+        return self.make(self.data * on, (self,), lambda g: (g * on,), "relu")
 
 
-points = Tensor(np.linspace(-3, 3, 7))
-gradients(total(sigmoid(points)))
-s = 1 / (1 + np.exp(-points.data))
-print("exercise 1:", np.abs(points.grad - s * (1 - s)).max() < 1e-12)
-assert np.abs(points.grad - s * (1 - s)).max() < 1e-12
-
+points = Rectified([-1.0, 0.0, 1.0])
+points.relu().sum().backward()
+nudged = (np.maximum(points.data + 1e-6, 0) - np.maximum(points.data - 1e-6, 0)) / 2e-6
+print("rule", points.grad, "nudged", nudged.round(3))  # at the kink: the mean of both sides
+assert points.grad.tolist() == [0, 0, 1] and np.allclose(nudged, [0, 0.5, 1])
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution 2
-class Dual:
-    """A value and the rate at which it moves."""
+logits = Tensor(np.zeros_like(counts))
+picked = logits[now]
+nll = picked.exp().sum(1).log().sum() - picked[np.arange(len(now)), following].sum()
+(nll / float(len(now))).backward()
+formula = (counts.sum(1, keepdims=True) / len(symbols) - counts) / len(now)
+print("the formula of chapter 01 holds:", np.allclose(logits.grad, formula, atol=1e-12))
+assert np.allclose(logits.grad, formula, atol=1e-12)
 
-    def __init__(self, value, tangent):
-        self.value, self.tangent = value, tangent
-
-    def __add__(self, other):
-        return Dual(self.value + other.value, self.tangent + other.tangent)
-
-    def __mul__(self, other):
-        tangent = self.value * other.tangent + self.tangent * other.value
-        return Dual(self.value * other.value, tangent)
-
-    def tanh(self):
-        y = math.tanh(self.value)
-        return Dual(y, (1 - y * y) * self.tangent)
-
-
-point, direction = [0.5, 1.0, -0.3, 2.0, 0.2], [0.3, -0.1, 0.7, 0.2, 1.0]
-w1, x1, w2, x2, bias = (Dual(*pair) for pair in zip(point, direction, strict=True))
-ours = (w1 * x1 + w2 * x2 + bias).tanh().tangent
-of_list = lambda v: jnp.tanh(v[0] * v[1] + v[2] * v[3] + v[4])  # noqa: E731
-theirs = jax.jvp(of_list, (jnp.array(point),), (jnp.array(direction),))[1]
-print(f"exercise 2: {ours:.4f} and {theirs:.4f}")
-assert math.isclose(ours, theirs, rel_tol=1e-5)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution 3
-logits = jnp.array(W0, jnp.float32)
-vector_v = jax.random.normal(jax.random.key(3), logits.shape)
-product = jax.jvp(jax.grad(jax_bigram_loss), (logits,), (vector_v,))[1]
-full = jax.hessian(jax_bigram_loss)(logits).reshape(V * V, V * V) @ vector_v.ravel()
-print("exercise 3:", np.allclose(product.ravel(), full, atol=1e-5))
-assert np.allclose(product.ravel(), full, atol=1e-5)
+def frugal(weights, x):
+    for W in weights:
+        x = jax.checkpoint(lambda W, x: jnp.tanh(x @ W))(W, x)
+    return jnp.sum(x)
+
+
+plain, lean = [jax.grad(g)(weights, data) for g in (mlp, frugal)]
+assert all(jnp.allclose(a, b, atol=1e-6) for a, b in zip(plain, lean, strict=True))
+texts = [str(jax.make_jaxpr(jax.grad(g))(weights, data)) for g in (mlp, frugal)]
+print("tanh in the program:", [text.count(" tanh ") for text in texts])
+assert texts[1].count(" tanh ") > texts[0].count(" tanh ")  # computed again on the way back
 
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
-# Solution 4: the forward products of all layers are computed twice, 1 more of 4 + 4 + 3 over 4
-def forgetful_loss(weights, x):
-    for w in weights:
-        x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, w)
-    return jnp.mean(x**2)
+# Solution 4
+def hvp(f: Callable, x: jax.Array, d: jax.Array) -> jax.Array:
+    return jax.jvp(jax.grad(f), (x,), (d,))[1]  # forward over reverse
 
 
-again = operations(jax.value_and_grad(forgetful_loss)) / operations(mlp_loss)
-pair = [jax.tree.leaves(jax.grad(f)(weights, batch)) for f in (mlp_loss, forgetful_loss)]
-print(f"exercise 4: {again:.2f} forward passes; same gradient:", end=" ")
-print(all(np.allclose(a, b, atol=1e-6) for a, b in zip(*pair, strict=True)))
-assert 3.6 < again < 3.9
+def bowl(x):
+    return jnp.sum(jnp.tanh(x) ** 2) * jnp.sum(x)
+
+
+at, direction = jnp.array([0.3, -0.2, 0.5]), jnp.array([1.0, 2.0, -1.0])
+agree = jnp.allclose(hvp(bowl, at, direction), jax.hessian(bowl)(at) @ direction, atol=1e-5)
+print("agrees with the Hessian:", bool(agree))
+assert agree
 
 # %% [markdown]
 # ## References
 #
 # - A. G. Baydin, B. A. Pearlmutter, A. A. Radul, J. M. Siskind: Automatic differentiation in machine learning: a survey. *JMLR* 18, 2018. <https://arxiv.org/abs/1502.05767>
 # - A. Griewank, A. Walther: *Evaluating Derivatives*, 2nd edition. SIAM, 2008.
-# - R. Frostig, M. J. Johnson, C. Leary: Compiling machine learning programs via high-level tracing. SysML, 2018.
 # - A. Karpathy: micrograd. <https://github.com/karpathy/micrograd>
-# - Llama Team: *The Llama 3 Herd of Models*, §3.3, for what the sharding is for. <https://arxiv.org/abs/2407.21783>
+# - R. Frostig, M. J. Johnson, C. Leary: Compiling machine learning programs via high-level tracing. SysML 2018.
+# - The JAX documentation on common errors: <https://docs.jax.dev/en/latest/errors.html>
 #
 # ## Next chapter
 #
-# Chapter 03 trains a neural language model, with gradients by hand and by `jax.grad`, and builds the training loop that the rest of the course uses.
+# [03 · Training](03_training.ipynb) takes gradients for granted, and builds what goes around them: a neural language model, an optimiser, and a loop that can be stopped at any moment and resumed exactly.

@@ -1,193 +1,228 @@
-"""Reverse-mode differentiation in a hundred lines of NumPy, what JAX adds to it, and a check of any gradient against finite differences.
+"""Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong entry.
 
 Written from chapters/02_autodiff.py by `make export`: edit there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 
-def topological(output: Any) -> list:
-    """Every node that `output` was computed from, itself last, each after its parents.
+def graph_order(root: Any) -> list[Any]:
+    """The nodes that `root` was made from, each once, after its own `parents`; `root` comes last.
 
-    A node has `parents`, pairs whose first element is a node. Iterative: long chains overflow no stack.
+    No recursion, so that a long chain of steps does not exhaust Python's stack.
     """
-    order, seen, stack = [], set(), [(output, False)]
+    order, done, stack = [], set(), [(root, False)]
     while stack:
-        node, parents_done = stack.pop()
-        if parents_done:
+        node, parents_are_in = stack.pop()
+        if parents_are_in:
             order.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
+        elif id(node) not in done:
+            done.add(id(node))
             stack.append((node, True))
-            stack.extend((parent, False) for parent, *_ in node.parents)
+            stack += [(parent, False) for parent in node.parents if id(parent) not in done]
     return order
 
 
-def unbroadcast(grad: Float[np.ndarray, "..."], shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-    """Sum a gradient over the axes along which an array of this shape was repeated to fit it."""
-    extra = grad.ndim - len(shape)
-    repeated = tuple(range(extra))
-    repeated += tuple(
-        extra + i for i, n in enumerate(shape) if n == 1 and grad.shape[extra + i] != 1
-    )
-    return grad.sum(axis=repeated).reshape(shape)
+class Arithmetic:
+    """The operators that follow from `+`, `*` and `**`."""
 
+    def __radd__(self, other):
+        return self + other
 
-class Tensor:
-    """An fp64 array that remembers how it was made, for reverse-mode differentiation in NumPy.
+    def __rmul__(self, other):
+        return self * other
 
-    `parents` holds pairs (Tensor, pull-back): the pull-back turns the gradient of the result into
-    what it adds to the gradient of the parent. Numbers and arrays mix in as constants. `grad` has
-    the shape of `data`, and is None before `backward`.
-    """
-
-    __array_ufunc__ = None  # array * Tensor asks the Tensor
-
-    def __init__(self, data: Any, parents: tuple = ()):
-        self.data, self.parents, self.grad = np.asarray(data, float), parents, None
-
-    def __add__(self, other: Any) -> "Tensor":
-        other = as_tensor(other)
-        pulls = [lambda g, t=t: unbroadcast(g, t.data.shape) for t in (self, other)]
-        return Tensor(self.data + other.data, ((self, pulls[0]), (other, pulls[1])))
-
-    def __mul__(self, other: Any) -> "Tensor":
-        other = as_tensor(other)
-        left = (self, lambda g: unbroadcast(g * other.data, self.data.shape))
-        right = (other, lambda g: unbroadcast(g * self.data, other.data.shape))
-        return Tensor(self.data * other.data, (left, right))
-
-    __radd__, __rmul__ = __add__, __mul__
-
-    def __neg__(self) -> "Tensor":
+    def __neg__(self):
         return self * -1.0
 
-    def __sub__(self, other: Any) -> "Tensor":
-        return self + -as_tensor(other)
+    def __sub__(self, other):
+        return self + (-other)
 
-    def __rsub__(self, other: Any) -> "Tensor":
-        return as_tensor(other) - self
+    def __rsub__(self, other):
+        return other + (-self)
 
-    def __matmul__(self, other: Any) -> "Tensor":
-        """Product of two matrices (N, I) and (I, O)."""
-        other = as_tensor(other)
-        left = (self, lambda g: g @ other.data.T)
-        right = (other, lambda g: self.data.T @ g)
-        return Tensor(self.data @ other.data, (left, right))
+    def __truediv__(self, other):
+        return self * other**-1.0
 
-    def __getitem__(self, index: Any) -> "Tensor":
-        """NumPy indexing; an entry that is taken twice gets both gradients."""
+    def __rtruediv__(self, other):
+        return other * self**-1.0
 
+
+class Value(Arithmetic):
+    """A number that remembers how it was made, so that `backward` can find the slope of every step.
+
+    `data` is the number, `grad` the slope of the last `backward`, `parents` are what it was made from;
+    `pull` turns the slope of this value into those of its parents; `op` names the step.
+    """
+
+    def __init__(self, data: Any, parents: tuple = (), pull: Callable = lambda g: (), op: str = ""):
+        self.data, self.grad = data, 0.0
+        self.parents, self.pull, self.op = parents, pull, op
+
+    def lift(self, other: Any) -> "Value":
+        """`other`, as a constant if it is a plain number."""
+        return other if isinstance(other, Value) else type(self)(other)
+
+    def make(self, data: Any, parents: tuple, pull: Callable, op: str) -> "Value":
+        """The result of a step: a value of the same class."""
+        return type(self)(data, parents, pull, op)
+
+    def __add__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data + b.data, (a, b), lambda g: (g, g), "+")
+
+    def __mul__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data * b.data, (a, b), lambda g: (g * b.data, g * a.data), "×")
+
+    def __pow__(self, n: float):
+        a = self
+        return self.make(a.data**n, (a,), lambda g: (g * n * a.data ** (n - 1),), f"^{n:g}")
+
+    def exp(self):
+        y = np.exp(self.data)
+        return self.make(y, (self,), lambda g: (g * y,), "exp")
+
+    def log(self):
+        return self.make(np.log(self.data), (self,), lambda g: (g / self.data,), "log")
+
+    def tanh(self):
+        y = np.tanh(self.data)
+        return self.make(y, (self,), lambda g: (g * (1 - y * y),), "tanh")
+
+    def receive(self, grad: Any) -> None:
+        """Add a slope that one use of this value sends back."""
+        self.grad = self.grad + grad
+
+    def backward(self) -> None:
+        """Set `grad` of everything that this value was made from to the slope of this value."""
+        order = graph_order(self)
+        for node in order:
+            node.grad = 0.0
+        self.grad = 1.0
+        for node in reversed(order):
+            for parent, grad in zip(node.parents, node.pull(node.grad), strict=True):
+                parent.receive(grad)
+
+
+def unbroadcast(grad: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The slope of an array of `shape` that was broadcast to the shape of `grad`: summed over the copies."""
+    grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+    stretched = tuple(i for i, n in enumerate(shape) if n == 1 and grad.shape[i] != 1)
+    return grad.sum(axis=stretched, keepdims=True)
+
+
+class Tensor(Value):
+    """A `Value` whose `data` is a NumPy array (float64); gradients have the shape of their array."""
+
+    __array_ufunc__ = None  # so that `array * tensor` comes to us, and not to NumPy's loop
+
+    def __init__(self, data: Any, parents: tuple = (), pull: Callable = lambda g: (), op: str = ""):
+        super().__init__(np.asarray(data, np.float64), parents, pull, op)
+
+    def receive(self, grad: np.ndarray) -> None:
+        """Add a slope, summed over the axes along which this array was broadcast."""
+        grad = np.broadcast_to(grad, np.broadcast_shapes(np.shape(grad), self.data.shape))
+        self.grad = self.grad + unbroadcast(grad, self.data.shape)
+
+    def __matmul__(self, other):
+        a, b = self, self.lift(other)
+        return self.make(a.data @ b.data, (a, b), lambda g: (g @ b.data.T, a.data.T @ g), "@")
+
+    @property
+    def T(self):
+        return self.make(self.data.T, (self,), lambda g: (g.T,), "T")
+
+    def sum(self, axis: int | None = None):
+        """The sum over one axis, which stays with length 1, or over all of them."""
+        y = self.data.sum(axis=axis, keepdims=axis is not None)
+        return self.make(y, (self,), lambda g: (np.broadcast_to(g, self.data.shape),), "sum")
+
+    def __getitem__(self, index):
         def pull(g):
             grad = np.zeros_like(self.data)
-            np.add.at(grad, index, g)
-            return grad
+            np.add.at(grad, index, g)  # an index that comes twice is added to twice
+            return (grad,)
 
-        return Tensor(self.data[index], ((self, pull),))
-
-
-def as_tensor(x: Any) -> Tensor:
-    """x itself if it is a Tensor, else a constant."""
-    return x if isinstance(x, Tensor) else Tensor(x)
+        return self.make(self.data[index], (self,), pull, "[ ]")
 
 
-def tanh(x: Tensor) -> Tensor:
-    """Elementwise; d tanh = 1 − tanh²."""
-    y = np.tanh(x.data)
-    return Tensor(y, ((x, lambda g: g * (1 - y * y)),))
+def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: float) -> float:
+    """The central difference of f(*leaves) as leaf i moves along a direction."""
+    ends = []
+    for sign in (1, -1):
+        moved = leaves[i] + jnp.asarray(sign * step * direction)
+        ends.append(float(f(*leaves[:i], moved, *leaves[i + 1 :])))
+    return (ends[0] - ends[1]) / (2 * step)
 
 
-def exp(x: Tensor) -> Tensor:
-    """Elementwise; its own derivative."""
-    y = np.exp(x.data)
-    return Tensor(y, ((x, lambda g: g * y),))
-
-
-def log(x: Tensor) -> Tensor:
-    """Elementwise natural logarithm; d log x = 1 / x."""
-    return Tensor(np.log(x.data), ((x, lambda g: g / x.data),))
-
-
-def total(x: Tensor, axis: int | None = None) -> Tensor:
-    """Sum over one axis, or over all; the gradient is repeated along what was summed."""
-
-    def pull(g):
-        return np.broadcast_to(g if axis is None else np.expand_dims(g, axis), x.data.shape)
-
-    return Tensor(x.data.sum(axis=axis), ((x, pull),))
-
-
-def gradients(output: Tensor) -> None:
-    """Set `grad` of every Tensor that a scalar was computed from. ValueError if it is no scalar."""
-    if output.data.ndim:
-        raise ValueError(f"a gradient is of a scalar, got shape {output.data.shape}: sum it first")
-    order = topological(output)
-    for node in order:
-        node.grad = np.zeros_like(node.data)
-    output.grad = np.ones_like(output.data)
-    for node in reversed(order):
-        for parent, pull in node.parents:
-            parent.grad = parent.grad + pull(node.grad)
-
-
-def is_float(x: Any) -> bool:
-    """Whether x is a real floating-point array or number: what can be differentiated."""
-    return eqx.is_inexact_array_like(x) and jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
-def differences(
-    f: Callable, leaves: list, at: int, chosen: np.ndarray, step: float
-) -> Iterator[float]:
-    """Central differences of f(leaves) by the chosen entries of leaf number `at`."""
-    flat, shape = leaves[at].ravel(), leaves[at].shape
-    for i in chosen:
-        ends = []
-        for move in (step, -step):
-            moved = flat.at[i].add(move).reshape(shape)
-            ends.append(float(f([*leaves[:at], moved, *leaves[at + 1 :]])))
-        yield (ends[0] - ends[1]) / (2 * step)
+def _probes(
+    grad: np.ndarray, entries: int, rng: np.random.Generator
+) -> list[tuple[str, np.ndarray]]:
+    """Directions to nudge a leaf in, by name: single entries, the steepest among them, and a random one."""
+    chosen = rng.choice(grad.size, min(entries, grad.size), replace=False)
+    found = []
+    for flat in dict.fromkeys([int(np.argmax(np.abs(grad))), *map(int, chosen)]):
+        index = np.unravel_index(flat, grad.shape)
+        direction = np.zeros(grad.shape)
+        direction[index] = 1.0
+        found.append((str([int(n) for n in index]) if index else "", direction))
+    random = rng.normal(size=grad.shape)
+    return [*found, (" along a random direction", random / np.linalg.norm(random))]
 
 
 def check_gradients(
-    f: Callable, *args: Any, step: float = 1e-5, tolerance: float = 1e-6, entries: int = 32
+    f: Callable, *args: Any, grads: tuple | None = None, tolerance: float = 1e-3, entries: int = 16
 ) -> float:
-    """Compare jax.grad of a scalar function with central differences, in fp64; the largest error.
+    """Check the gradients of a scalar function by finite differences; returns the largest relative error.
 
-    All floats in args (arrays, pytrees, Equinox modules) are differentiated, everything else is
-    constant. Of a leaf with more than `entries` entries a fixed random choice is checked. Errors are
-    relative to the largest gradient of their leaf, or to what rounding can hide if that is larger.
-    Raises AssertionError naming argument, leaf, index and both numbers; ValueError if f returns no
-    scalar or there is nothing to differentiate. Where f has a kink, differences mean nothing.
+    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and one random
+    direction; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are those
+    of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
+    Errors are relative to the largest slope of the leaf. At a kink (relu at 0) the two may differ.
+
+    Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
+    it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
     """
-    with jax.enable_x64(True):
-        moving, fixed = eqx.partition(args, is_float)
-        paths, structure = jax.tree.flatten_with_path(moving)
-        leaves = [jnp.asarray(leaf, jnp.float64) for _, leaf in paths]
-        if not leaves:
-            raise ValueError("there is no float in the arguments: nothing to differentiate")
-        of_leaves = jax.jit(lambda new: f(*eqx.combine(structure.unflatten(new), fixed)))
-        if shape := jax.eval_shape(of_leaves, leaves).shape:
-            raise ValueError(f"a gradient is of a scalar, f returns shape {shape}")
-        value, slopes = jax.value_and_grad(of_leaves)(leaves)
-        hidden = 10 * np.finfo(float).eps * max(1.0, abs(float(value))) / step / tolerance
-        random, largest = np.random.default_rng(0), 0.0
-        for at, ((path, leaf), slope) in enumerate(zip(paths, slopes, strict=True)):
-            chosen = random.permutation(slope.size)[:entries]
-            numeric = np.array([*differences(of_leaves, leaves, at, chosen, step)])
-            exact = np.asarray(slope).ravel()[chosen]
-            scale = max(np.abs(slope).max(), np.abs(numeric).max(), hidden)
-            error = np.nan_to_num(np.abs(exact - numeric) / scale, nan=np.inf)
-            if (worst := error.max()) > tolerance:
-                i = int(error.argmax())
-                index = tuple(int(n) for n in np.unravel_index(chosen[i], np.shape(leaf)))
-                where = f"argument {path[0].idx}{jax.tree_util.keystr(path[1:])}, index {index}"
-                raise AssertionError(f"{where}: grad says {exact[i]:g}, differences {numeric[i]:g}")
-            largest = max(largest, float(worst))
-    return largest
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
+    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
+
+    def of_leaves(*leaves):
+        full = [leaf for _, leaf in flat]
+        for i, leaf in zip(at, leaves, strict=True):
+            full[i] = leaf
+        return f(*tree.unflatten(full))
+
+    low = [jnp.asarray(flat[i][1]) for i in at]
+    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(at))))(*low)
+    if grads is not None:
+        slopes = [tree.flatten_up_to(grads)[i] for i in at]
+    rng, worst = np.random.default_rng(0), 0.0
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        high = [jnp.asarray(np.asarray(leaf, np.float64)) for leaf in low]
+        exact = jax.jit(of_leaves)
+        if not abs(float(exact(*high)) - float(value)) <= 1e-3 * max(1.0, abs(float(value))):
+            raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
+        for i, slope in enumerate(slopes):
+            slope, name = np.asarray(slope, np.float64), jax.tree_util.keystr(flat[at[i]][0])
+            size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
+            pairs = [
+                (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
+                for where, d in _probes(slope, entries, rng)
+            ]
+            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs) or 1.0
+            for where, given, nudged in pairs:
+                error = abs(given - nudged) / scale
+                if not error <= tolerance:
+                    raise AssertionError(
+                        f"the gradient of args{name}{where} is {given:.6g}, by finite differences "
+                        f"{nudged:.6g}: off by {error:.2g} of the leaf's largest"
+                    )
+                worst = max(worst, error)
+    return worst
