@@ -228,7 +228,7 @@ class Value(Arithmetic):
 
 
 # %% [markdown]
-# Fifty lines. Try it on the neuron, with the bytes `T` and `o` of our line. **Predict** the sign of $\bar w_1$: the output must rise, and $x_1$ is positive. So $\bar w_1$ is negative: downhill means a larger weight.
+# Fifty lines, docstrings not counted. Try it on the neuron, with the bytes `T` and `o` of our line. **Predict** the sign of $\bar w_1$: the output must rise, and $x_1$ is positive. So $\bar w_1$ is negative: downhill means a larger weight.
 
 # %%
 leaves = {"w₁": 0.5, "x₁": LINE[0] / 128, "w₂": -0.8, "x₂": LINE[1] / 128, "b": 0.1}
@@ -460,6 +460,31 @@ for name, tensor in tensors.items():
 
 # %%
 #| export
+def _by_leaves(f: Callable, args: tuple) -> tuple[Callable, list, list[str], Callable]:
+    """f as a function of the floating-point leaves of its arguments; those leaves, their names, and how to pick them."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
+    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
+
+    def of_leaves(*leaves):
+        full = [leaf for _, leaf in flat]
+        for i, leaf in zip(at, leaves, strict=True):
+            full[i] = leaf
+        return f(*tree.unflatten(full))
+
+    def pick(like):
+        return [tree.flatten_up_to(like)[i] for i in at]
+
+    names = [jax.tree_util.keystr(flat[i][0]) for i in at]
+    return of_leaves, [jnp.asarray(leaf) for leaf in pick(args)], names, pick
+
+
+# %% [markdown]
+# That makes any function of trees a function of plain arrays, each with a name. Next, what to nudge, and by how much the function moves.
+
+
+# %%
+#| export
 def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: float) -> float:
     """The central difference of f(*leaves) as leaf i moves along a direction."""
     ends = []
@@ -499,28 +524,17 @@ def check_gradients(
     Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
     it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(args)
-    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
-    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
-
-    def of_leaves(*leaves):
-        full = [leaf for _, leaf in flat]
-        for i, leaf in zip(at, leaves, strict=True):
-            full[i] = leaf
-        return f(*tree.unflatten(full))
-
-    low = [jnp.asarray(flat[i][1]) for i in at]
-    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(at))))(*low)
-    if grads is not None:
-        slopes = [tree.flatten_up_to(grads)[i] for i in at]
+    of_leaves, low, names, pick = _by_leaves(f, args)
+    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(low))))(*low)
+    slopes = slopes if grads is None else pick(grads)
     rng, worst = np.random.default_rng(0), 0.0
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         high = [jnp.asarray(np.asarray(leaf, np.float64)) for leaf in low]
         exact = jax.jit(of_leaves)
         if not abs(float(exact(*high)) - float(value)) <= 1e-3 * max(1.0, abs(float(value))):
             raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
-        for i, slope in enumerate(slopes):
-            slope, name = np.asarray(slope, np.float64), jax.tree_util.keystr(flat[at[i]][0])
+        for i, (name, slope) in enumerate(zip(names, slopes, strict=True)):
+            slope = np.asarray(slope, np.float64)
             size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
             pairs = [
                 (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
@@ -638,6 +652,8 @@ backward = count(jax.grad(mlp), weights, data, name="dot_general")
 print(f"matrix products: {forward} for the loss, {backward} with all gradients")
 print("tanh computed anew backwards:", count(jax.grad(mlp), weights, data, name="tanh") > 4)
 assert (forward, backward) == (4, 3 * 4 - 1)
+note = f"{forward} for the loss alone"
+ledger.result("gradient of a four-layer network", backward, "matrix products", note)
 
 # %% [markdown]
 # Three passes for the price of all slopes, whether there are 256 weights or 405 billion. (Hence the rule of chapter 13: six operations per weight and token, two forwards and four backwards.) The price is memory: every `tanh` output is kept until the way back. `jax.checkpoint` trades it for time; exercise 3.
@@ -1017,7 +1033,7 @@ print("arrays with wrong slopes:", ", ".join(spoilt))
 #
 # **Baydin, Pearlmutter, Radul and Siskind 2018**, *Automatic differentiation in machine learning: a survey.* Its distinction is the one to keep: this is not symbolic differentiation (no formula grows) and not numerical (no $\epsilon$). Its statement that a gradient costs a small constant times the function is our count of 11 products against 4.
 #
-# **Griewank and Walther 2008**, *Evaluating Derivatives.* The bound for reverse mode there is a factor of about four for general programs; for matrix products alone we count three. What reverse mode costs in memory, and recomputation as the way out, is theirs too.
+# **Griewank and Walther 2008**, *Evaluating Derivatives.* The bound for reverse mode there is a factor of three to four for general programs; for matrix products alone we count three. What reverse mode costs in memory, and recomputation as the way out, is theirs too.
 #
 # **Karpathy's micrograd.** A scalar engine of about a hundred lines, and the reason why so many people know what `backward` does. It keeps a closure per node, that writes into the parents; ours returns the slopes and lets `backward` add them, so that one place can be right or wrong. Its recursion for the order fails on long chains; ours doesn't recurse. It accumulates over calls, as PyTorch does; ours starts at zero each time.
 #

@@ -152,6 +152,25 @@ class Tensor(Value):
         return self.make(self.data[index], (self,), pull, "[ ]")
 
 
+def _by_leaves(f: Callable, args: tuple) -> tuple[Callable, list, list[str], Callable]:
+    """f as a function of the floating-point leaves of its arguments; those leaves, their names, and how to pick them."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(args)
+    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
+    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
+
+    def of_leaves(*leaves):
+        full = [leaf for _, leaf in flat]
+        for i, leaf in zip(at, leaves, strict=True):
+            full[i] = leaf
+        return f(*tree.unflatten(full))
+
+    def pick(like):
+        return [tree.flatten_up_to(like)[i] for i in at]
+
+    names = [jax.tree_util.keystr(flat[i][0]) for i in at]
+    return of_leaves, [jnp.asarray(leaf) for leaf in pick(args)], names, pick
+
+
 def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: float) -> float:
     """The central difference of f(*leaves) as leaf i moves along a direction."""
     ends = []
@@ -189,28 +208,17 @@ def check_gradients(
     Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
     it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(args)
-    dtypes = [getattr(leaf, "dtype", type(leaf)) for _, leaf in flat]
-    at = [i for i, kind in enumerate(dtypes) if jnp.issubdtype(kind, jnp.floating)]
-
-    def of_leaves(*leaves):
-        full = [leaf for _, leaf in flat]
-        for i, leaf in zip(at, leaves, strict=True):
-            full[i] = leaf
-        return f(*tree.unflatten(full))
-
-    low = [jnp.asarray(flat[i][1]) for i in at]
-    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(at))))(*low)
-    if grads is not None:
-        slopes = [tree.flatten_up_to(grads)[i] for i in at]
+    of_leaves, low, names, pick = _by_leaves(f, args)
+    value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(low))))(*low)
+    slopes = slopes if grads is None else pick(grads)
     rng, worst = np.random.default_rng(0), 0.0
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         high = [jnp.asarray(np.asarray(leaf, np.float64)) for leaf in low]
         exact = jax.jit(of_leaves)
         if not abs(float(exact(*high)) - float(value)) <= 1e-3 * max(1.0, abs(float(value))):
             raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
-        for i, slope in enumerate(slopes):
-            slope, name = np.asarray(slope, np.float64), jax.tree_util.keystr(flat[at[i]][0])
+        for i, (name, slope) in enumerate(zip(names, slopes, strict=True)):
+            slope = np.asarray(slope, np.float64)
             size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
             pairs = [
                 (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
