@@ -15,7 +15,7 @@
 # %% [markdown]
 # # 02 · Automatic differentiation
 #
-# > Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong entry.
+# > Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong array, and mostly the entry.
 #
 # *Reading time 45 min · runs in about 20 s · difficulty ●●○ · needs 01*
 
@@ -42,7 +42,11 @@ from llm_from_scratch import ledger
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 LINE = b"To be, or not to be: that is the question:"
-KEYS = dict(zip(("mlp", "draw", "check"), jax.random.split(jax.random.key(0), 3), strict=True))
+KEYS = dict(
+    zip(
+        ("mlp", "draw", "check", "many", "big"), jax.random.split(jax.random.key(0), 5), strict=True
+    )
+)
 
 # %% [markdown]
 # ## A slope for every number
@@ -218,6 +222,8 @@ class Value(Arithmetic):
 
     def backward(self) -> None:
         """Set `grad` of everything that this value was made from to the slope of this value."""
+        if np.size(self.data) != 1:
+            raise ValueError(f"backward starts at one number, got {np.shape(self.data)}: sum first")
         order = graph_order(self)
         for node in order:
             node.grad = 0.0
@@ -228,7 +234,7 @@ class Value(Arithmetic):
 
 
 # %% [markdown]
-# Fifty lines, docstrings not counted. Try it on the neuron, with the bytes `T` and `o` of our line. **Predict** the sign of $\bar w_1$: the output must rise, and $x_1$ is positive. So $\bar w_1$ is negative: downhill means a larger weight.
+# Some sixty lines. Try it on the neuron, with the bytes `T` and `o` of our line. **Predict** the sign of $\bar w_1$: the output must rise, and $x_1$ is positive. So $\bar w_1$ is negative: downhill means a larger weight.
 
 # %%
 leaves = {"w₁": 0.5, "x₁": LINE[0] / 128, "w₂": -0.8, "x₂": LINE[1] / 128, "b": 0.1}
@@ -241,7 +247,7 @@ print(f"y = {y.data:.3f}, L = {L.data:.3f}")
 print("slopes:", ", ".join(f"{name} {node.grad:.3f}" for name, node in nodes.items()))
 
 # %% [markdown]
-# The picture of the same walk. We draw what the engine stored, nothing else: a box for each value, in the column of its longest path from an input.
+# The picture of the same walk. We draw what the engine stored, nothing else: a box for each value. A computed value stands in the column of its longest path from an input, an input just before its first use.
 
 
 # %%
@@ -308,7 +314,7 @@ print("five slopes agree with nudging to 1e-8; the slope of x·x at 3 is", twice
 # A `Value` per number is clear and slow: a matrix product of two 100 × 100 matrices would be two million Python objects. So let `data` be a whole array. What has to change? Less than one expects. The rules for `*`, `exp`, `tanh` and so on already hold entry by entry. Three things are new:
 #
 # 1. **Broadcasting.** When a row of shape $(F)$ is added to a matrix $(B, F)$, each entry of the row is used $B$ times. So what comes back must be *summed* over $B$. The rule of thumb: the gradient of an array has the array's shape.
-# 2. **Matrix products.** For $C = AB$: $\;\bar A = \bar C B^\top$ and $\bar B = A^\top \bar C$. The shapes allow nothing else.
+# 2. **Matrix products.** For $C = AB$: $\;\bar A = \bar C B^\top$ and $\bar B = A^\top \bar C$. For $C_{ij} = \sum_k A_{ik} B_{kj}$, so $A_{ik}$ reaches every $C_{ij}$ of its row with the factor $B_{kj}$: $\bar A_{ik} = \sum_j \bar C_{ij} B_{kj}$. The shapes help to remember it.
 # 3. **Sums, transposes and indexing** move numbers about. Their reverses move slopes back: a sum copies its slope to every entry, and an index *adds* into the entries that it took.
 
 
@@ -338,6 +344,8 @@ class Tensor(Value):
 
     def __matmul__(self, other):
         a, b = self, self.lift(other)
+        if a.data.ndim != 2 or b.data.ndim != 2:
+            raise ValueError(f"@ is for two matrices, got {a.data.shape} and {b.data.shape}")
         return self.make(a.data @ b.data, (a, b), lambda g: (g @ b.data.T, a.data.T @ g), "@")
 
     @property
@@ -371,7 +379,7 @@ print("rows 0, 2, 2 of a table of three:    ", table.grad[:, 0])
 assert row.grad.tolist() == [2, 2, 2] and table.grad[:, 0].tolist() == [1, 0, 2]
 
 # %% [markdown]
-# Now something that learns. The line has 41 pairs of neighbouring bytes, over a few distinct ones. Our network gives each byte a vector (a row of $E$), bends it twice, each time *adding* the result to the vector, and reads logits off with the same $E$: a Transformer without attention, in three lines.
+# Now something that learns. The line has 41 pairs of neighbouring bytes, over 16 distinct ones. Our network gives each byte a vector (a row of $E$), bends it twice, each time *adding* the result to the vector, and reads logits off with the same $E$: a Transformer without attention, in three lines.
 #
 # $$ h_0 = E_{\text{byte}}, \qquad h_{i+1} = h_i + \tanh(h_i W_i), \qquad z = h_2 E^\top, \qquad L = -\frac1N\sum \ln \mathrm{softmax}(z)_{\text{next}}. $$
 #
@@ -454,7 +462,7 @@ for name, tensor in tensors.items():
 # Two implementations that agree can share a mistake in the mathematics. Nudging can't: it knows only the forward pass. So we write the check once, for any JAX function of any pytree, and later chapters and your own code may use it. What must it do?
 #
 # - **Nudge in double precision**, even when the model is in single. You saw the V: with $u = 6\cdot10^{-8}$ the check is worth five digits at best, and three when the loss is a sum over a text. The gradient under test keeps its own precision.
-# - **Look everywhere.** A large array has too many entries to nudge each. For each leaf take some entries, that of the largest slope among them, and one random *direction*: it moves all entries at once, so a mistake in any of them shows.
+# - **Look everywhere.** A large array has too many entries to nudge each. For each leaf take some entries, that of the largest slope among them, and one random choice of *signs*: it moves all entries at once, so a single wrong entry shows in full (two can cancel).
 # - **Name the place.** "Not close" is no help in a model of 300 arrays.
 
 
@@ -497,7 +505,7 @@ def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: 
 def _probes(
     grad: np.ndarray, entries: int, rng: np.random.Generator
 ) -> list[tuple[str, np.ndarray]]:
-    """Directions to nudge a leaf in, by name: single entries, the steepest among them, and a random one."""
+    """Directions to nudge a leaf in, by name: single entries, the steepest among them; last, random signs."""
     chosen = rng.choice(grad.size, min(entries, grad.size), replace=False)
     found = []
     for flat in dict.fromkeys([int(np.argmax(np.abs(grad))), *map(int, chosen)]):
@@ -505,8 +513,7 @@ def _probes(
         direction = np.zeros(grad.shape)
         direction[index] = 1.0
         found.append((str([int(n) for n in index]) if index else "", direction))
-    random = rng.normal(size=grad.shape)
-    return [*found, (" along a random direction", random / np.linalg.norm(random))]
+    return [*found, (" along random signs", rng.choice([-1.0, 1.0], size=grad.shape))]
 
 
 # %%
@@ -516,15 +523,18 @@ def check_gradients(
 ) -> float:
     """Check the gradients of a scalar function by finite differences; returns the largest relative error.
 
-    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and one random
-    direction; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are those
-    of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
-    Errors are relative to the largest slope of the leaf. At a kink (relu at 0) the two may differ.
+    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and, all at once,
+    by random signs; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are
+    those of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
+    Errors are relative to the largest slope of the leaf's nudged entries. At a kink (relu at 0) the two
+    may differ; a cast to float32 inside f gives false alarms: cast to what x.dtype promotes to.
 
-    Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
-    it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
+    Raises AssertionError that names the leaf, and the index if a nudged entry is wrong; ValueError if
+    nothing is a float, or f gives something else in float64 (random numbers: draw them outside).
     """
     of_leaves, low, names, pick = _by_leaves(f, args)
+    if not low:
+        raise ValueError("no floating-point leaf to check in the arguments")
     value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(low))))(*low)
     slopes = slopes if grads is None else pick(grads)
     rng, worst = np.random.default_rng(0), 0.0
@@ -535,12 +545,14 @@ def check_gradients(
             raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
         for i, (name, slope) in enumerate(zip(names, slopes, strict=True)):
             slope = np.asarray(slope, np.float64)
+            if slope.shape != (n := high[i].shape):
+                raise AssertionError(f"the gradient of args{name} has shape {slope.shape}, not {n}")
             size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
             pairs = [
                 (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
                 for where, d in _probes(slope, entries, rng)
             ]
-            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs) or 1.0
+            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs[:-1]) or 1.0
             for where, given, nudged in pairs:
                 error = abs(given - nudged) / scale
                 if not error <= tolerance:
@@ -589,7 +601,7 @@ try:
     check_grads(lambda a, b: jnp.sum(a * square(b)), both, order=1, modes=["rev"])
     raise RuntimeError("the wrong rule passed")
 except AssertionError as error:
-    print("caught; its message names an argument or an index:", "args" in str(error))
+    print("caught:", " ".join(str(error).split())[:60])
 
 
 def summed(x):  # a right gradient, of a loss that is a large number
@@ -660,7 +672,7 @@ ledger.result("gradient of a four-layer network", backward, "matrix products", n
 #
 # ## What tracing sees
 #
-# How does JAX get at the steps? It calls your function with *tracers*: stand-ins that know shape and dtype and no numbers, and write down what is done to them. Our `Value` does the same, with numbers. Here is one neuron, and its gradient.
+# How does JAX get at the steps? It calls your function with *tracers*: stand-ins that write down what is done to them. Under plain `grad` a tracer still carries its number, as our `Value` does, and Python's `if` works. Under `jit` and `make_jaxpr` it knows only shape and dtype. Here is one neuron, and its gradient.
 
 
 # %%
@@ -696,7 +708,7 @@ assert len(operations) < steps
 #
 # All of it is of one kind: a function goes in, a function comes out. So the transformations combine, in any order. That is why this course is in JAX: the formula stays visible, and gradients, batches, compilation and parallelism are put around it from outside. In our engine each would be a new engine.
 #
-# **`vmap`** turns a function of one example into one of a batch. Per-example gradients, hard in most frameworks, are one line: `vmap(grad(f))`. **Predict:** how many matrix products does a batch of 32 need under `vmap`?
+# **`vmap`** turns a function of one example into one of a batch. Per-example gradients, hard where `backward` sums into the parameters, are one line: `vmap(grad(f))`. **Predict:** how many matrix products do 32 neurons need under `vmap`, forwards?
 
 # %%
 batch = jax.random.normal(KEYS["draw"], (32, 2))
@@ -782,7 +794,7 @@ assert done.returncode == 0 and "same gradient: True" in done.stdout, done.stder
 #
 # ## The errors everyone meets
 #
-# All come from one fact: *your Python runs once, on tracers; what runs later is the recorded program.* We provoke each, catch it, and give its cure.
+# Most come from one fact: *your Python runs once per shape and dtype, on tracers; what runs later is the recorded program.* We provoke each, catch it, and give its cure.
 
 
 # %%
@@ -817,7 +829,7 @@ def tight(x):
 assert jnp.allclose(tight(v)[1], 2 * v)
 
 # %% [markdown]
-# **Side effects** that keep no tracer raise nothing. They happen when the function is traced, and then never again. **Predict** the length of the list after five calls.
+# **Side effects** that keep no tracer raise nothing. They happen when the function is traced, once for each new combination of shapes and dtypes, and not when it runs. **Predict** the length of the list after five calls.
 
 # %%
 seen = []
@@ -912,7 +924,7 @@ assert jnp.isnan(unsafe) and safe == 0
 # %% [markdown]
 # ## Speed, by ratio
 #
-# Four ways to the gradient of the same function for 256 examples of 64 numbers. **Predict**, as factors: our scalar engine against compiled JAX; JAX step by step (*eager*) against `jit`; a loop of jitted calls against `vmap`. And does `jit` help a single large matrix product?
+# Three comparisons on the gradient of one function of 64 numbers (for 256 examples where there is a batch; the scalar engine is timed on one and multiplied), and one on a single matrix product. **Predict**, as factors: our scalar engine against compiled JAX; JAX step by step (*eager*) against `jit`; a loop of jitted calls against `vmap`. And does `jit` help a single large matrix product?
 #
 # Ours: thousands; ten; a hundred; and no, it is one call into the same routine either way. Seconds depend on your machine, ratios much less. What is printed is a safe bound; the picture shows what your machine did.
 
@@ -945,13 +957,13 @@ def scalar_engine(row: list[float]) -> list[float]:
     return [a.grad for a in inputs]
 
 
-examples = jax.random.normal(KEYS["draw"], (256, 64))
+examples = jax.random.normal(KEYS["many"], (256, 64))
 compiled, eager = jax.jit(jax.grad(rough)), jax.grad(rough)
 batched = jax.jit(jax.vmap(jax.grad(rough)))
 one = examples[0]
 assert np.allclose(scalar_engine(np.asarray(one, np.float64).tolist()), compiled(one), atol=1e-5)
 rows = list(examples)
-big = jax.random.normal(KEYS["mlp"], (1000, 1000))
+big, product = jax.random.normal(KEYS["big"], (1000, 1000)), jax.jit(jnp.matmul)
 ratios = {
     "scalar engine / jit + vmap": 256
     * seconds(lambda: scalar_engine(one.tolist()), 3)
@@ -960,7 +972,7 @@ ratios = {
     / seconds(lambda: batched(examples)),
     "eager / jit": seconds(lambda: eager(one)) / seconds(lambda: compiled(one)),
     "eager / jit, one large product": seconds(lambda: big @ big)
-    / seconds(lambda: jax.jit(jnp.matmul)(big, big)),
+    / seconds(lambda: product(big, big)),
 }
 
 # %%
@@ -979,11 +991,11 @@ print("eager / jit, one large product: between a third and three:", 1 / 3 < alon
 assert 1 / 3 < alone < 3
 
 # %% [markdown]
-# Each bar is a ratio of times; the line at 1 is "no difference". On the machine where this was written we had the two in the middle the wrong way round: eager lost by some fifty times, the loop of jitted calls by ten. The last bar is the null result that matters: `jit` removes Python and trips through memory *between* steps. Where one step is the whole work, there is nothing to remove.
+# Each bar is a ratio of times; the line at 1 is "no difference". On the machine where this was written we had the two in the middle the wrong way round: eager lost by a factor of fifty to a hundred, the loop of jitted calls by about ten. The last bar is the null result that matters: `jit` removes Python and trips through memory *between* steps. Where one step is the whole work, there is nothing to remove.
 #
 # ## Break it: the bug that looks like a learning rate
 #
-# In `receive` we add. Suppose we forget to, and let each use overwrite the last: `self.grad = grad`. That is the most natural bug in an engine. Wherever a value is used once, nothing changes. But our network uses each $h_i$ twice, once in the tanh and once in the sum, and $E$ twice.
+# In `receive` we add. Suppose we forget to, and let each use overwrite the last: `self.grad = grad`. That is the most natural bug in an engine. Wherever a value is used once, nothing changes. But our network uses $h_0$, $h_1$ and $E$ twice, and the loss uses the logits $z$ twice: in the normaliser, and at the right answer.
 #
 # **Predict:** does the network still learn, at a rate ten times smaller than before, to be safe? Ours: yes, but slower. The overwritten slope is still one part of the true one, so most steps should go downhill.
 
@@ -995,12 +1007,17 @@ class Forgetful(Tensor):
         super().receive(grad)
 
 
+class ForgetfulButLogits(Forgetful):
+    def receive(self, grad):  # z is a matrix product; the other products are used only once
+        Tensor.receive(self, grad) if self.op == "@" else super().receive(grad)
+
+
 curves = {
     tensor.__name__: np.array([train(tensor, seed, rate=0.03) for seed in range(5)])
-    for tensor in (Tensor, Forgetful)
+    for tensor in (Tensor, Forgetful, ForgetfulButLogits)
 }
 fig, ax = plt.subplots(figsize=(6, 3))
-for (name, curve), color in zip(curves.items(), ("C0", "C3"), strict=True):
+for (name, curve), color in zip(curves.items(), ("C0", "C3", "C1"), strict=True):
     ax.plot(curve.T, color=color, linewidth=1, label=[name] + ["_"] * 4)
 ax.axhline(floor, color="0.5", linestyle=":", label="entropy of the pairs")
 ax.set(xlabel="step", ylabel="loss in nats", ylim=(0, 5))
@@ -1011,9 +1028,10 @@ for name, curve in curves.items():
     above = int(np.sum(curve[:, -1] > curve[:, 0]))
     print(f"{name}: falls by {fall}; {above} of 5 seeds end above their start")
 assert np.all(curves["Forgetful"].min(axis=1) < curves["Forgetful"][:, 0] - 0.05)
+assert np.all(curves["ForgetfulButLogits"][:, -1] < curves["ForgetfulButLogits"][:, 0])
 
 # %% [markdown]
-# Blue is right, red is the bug, five seeds each. We were half wrong. The loss does fall, for a hundred steps or so, and looks like a slow start. Then it blows up. Nothing in the red curves says "bug"; everybody would read them as "learning rate too high", and lower it. Now the check, handed the buggy slopes:
+# Blue is right, red is the bug, orange the bug everywhere but at the logits; five seeds each. We were half wrong. The red loss falls at first and looks like a slow start. Then it blows up. The culprit is $z$. Its slope should be (softmax − truth)/N. The second use overwrites the first, and only −truth/N is left: every step pushes the right logit up, and nothing pushes the others down. Keep $z$ right, and the same bug in $h$ and $E$ only makes learning slower, as predicted. Nothing in the red curves says "bug"; one would read them as "learning rate too high", and lower it. Now the check, handed the buggy slopes:
 
 # %%
 broken = {name: Forgetful(array) for name, array in start(0).items()}
@@ -1027,7 +1045,7 @@ spoilt = [n for n in broken if not np.allclose(broken[n].grad, tensors[n].grad, 
 print("arrays with wrong slopes:", ", ".join(spoilt))
 
 # %% [markdown]
-# It takes a second and no training. *A falling loss is no evidence that the gradient is right*, and a rising one no evidence against the learning rate. Check gradients by nudging once, for every new layer, before the first run.
+# Even W1 is wrong, although nothing after it but $z$ is used twice: that is how one finds the culprit. It takes no training. *A falling loss does not prove the gradient right, nor does a rising one convict the learning rate.* Check gradients by nudging once, for every new layer, before the first run.
 #
 # ## Notes on the sources
 #
@@ -1056,7 +1074,7 @@ print("arrays with wrong slopes:", ", ".join(spoilt))
 #
 # **Q:** Why can't a jitted function branch on a number in Python?
 #
-# **A:** Python runs once, on tracers that know shape and dtype but no numbers; the recorded program runs later.
+# **A:** Python runs once per shape and dtype, on tracers that know these but no numbers; the recorded program runs later.
 #
 # **Q:** Which size of nudge is best for a central difference, and what accuracy does it reach?
 #

@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong entry.
+"""Reverse-mode differentiation on numbers, then on arrays, and a check of any JAX gradient by finite differences that names the wrong array, and mostly the entry.
 
 Written from chapters/02_autodiff.py by `make export`: edit there.
 """
@@ -101,6 +101,8 @@ class Value(Arithmetic):
 
     def backward(self) -> None:
         """Set `grad` of everything that this value was made from to the slope of this value."""
+        if np.size(self.data) != 1:
+            raise ValueError(f"backward starts at one number, got {np.shape(self.data)}: sum first")
         order = graph_order(self)
         for node in order:
             node.grad = 0.0
@@ -132,6 +134,8 @@ class Tensor(Value):
 
     def __matmul__(self, other):
         a, b = self, self.lift(other)
+        if a.data.ndim != 2 or b.data.ndim != 2:
+            raise ValueError(f"@ is for two matrices, got {a.data.shape} and {b.data.shape}")
         return self.make(a.data @ b.data, (a, b), lambda g: (g @ b.data.T, a.data.T @ g), "@")
 
     @property
@@ -183,7 +187,7 @@ def _difference(f: Callable, leaves: list, i: int, direction: np.ndarray, step: 
 def _probes(
     grad: np.ndarray, entries: int, rng: np.random.Generator
 ) -> list[tuple[str, np.ndarray]]:
-    """Directions to nudge a leaf in, by name: single entries, the steepest among them, and a random one."""
+    """Directions to nudge a leaf in, by name: single entries, the steepest among them; last, random signs."""
     chosen = rng.choice(grad.size, min(entries, grad.size), replace=False)
     found = []
     for flat in dict.fromkeys([int(np.argmax(np.abs(grad))), *map(int, chosen)]):
@@ -191,8 +195,7 @@ def _probes(
         direction = np.zeros(grad.shape)
         direction[index] = 1.0
         found.append((str([int(n) for n in index]) if index else "", direction))
-    random = rng.normal(size=grad.shape)
-    return [*found, (" along a random direction", random / np.linalg.norm(random))]
+    return [*found, (" along random signs", rng.choice([-1.0, 1.0], size=grad.shape))]
 
 
 def check_gradients(
@@ -200,15 +203,18 @@ def check_gradients(
 ) -> float:
     """Check the gradients of a scalar function by finite differences; returns the largest relative error.
 
-    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and one random
-    direction; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are those
-    of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
-    Errors are relative to the largest slope of the leaf. At a kink (relu at 0) the two may differ.
+    Every floating-point leaf of `args` (any pytrees) is nudged in `entries` entries and, all at once,
+    by random signs; `f` must allow `jax.jit`. The differences are taken in float64, the gradients are
+    those of `jax.grad` at the leaves' own dtype, or `grads`: one tree per argument, each of its form.
+    Errors are relative to the largest slope of the leaf's nudged entries. At a kink (relu at 0) the two
+    may differ; a cast to float32 inside f gives false alarms: cast to what x.dtype promotes to.
 
-    Raises AssertionError that names leaf and index, and ValueError if f gives something else in float64:
-    it draws random numbers (draw them outside, pass them in) or rounds to less than float32.
+    Raises AssertionError that names the leaf, and the index if a nudged entry is wrong; ValueError if
+    nothing is a float, or f gives something else in float64 (random numbers: draw them outside).
     """
     of_leaves, low, names, pick = _by_leaves(f, args)
+    if not low:
+        raise ValueError("no floating-point leaf to check in the arguments")
     value, slopes = jax.jit(jax.value_and_grad(of_leaves, argnums=range(len(low))))(*low)
     slopes = slopes if grads is None else pick(grads)
     rng, worst = np.random.default_rng(0), 0.0
@@ -219,12 +225,14 @@ def check_gradients(
             raise ValueError(f"f is {float(value):.6g}, but {float(exact(*high)):.6g} in float64")
         for i, (name, slope) in enumerate(zip(names, slopes, strict=True)):
             slope = np.asarray(slope, np.float64)
+            if slope.shape != (n := high[i].shape):
+                raise AssertionError(f"the gradient of args{name} has shape {slope.shape}, not {n}")
             size = float(np.sqrt(np.mean(np.square(high[i])))) or 1.0
             pairs = [
                 (where, float(np.sum(slope * d)), _difference(exact, high, i, d, 1e-4 * size))
                 for where, d in _probes(slope, entries, rng)
             ]
-            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs) or 1.0
+            scale = max(max(abs(given), abs(nudged)) for _, given, nudged in pairs[:-1]) or 1.0
             for where, given, nudged in pairs:
                 error = abs(given - nudged) / scale
                 if not error <= tolerance:
