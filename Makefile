@@ -74,10 +74,8 @@ train: $(STAMP)  ## train the mini Llama 3, about twenty minutes; goes on where 
 sample: $(STAMP)  ## let the trained model write (PROMPT="ROMEO")
 	@$(BIN)/llm-from-scratch-train --sample "$(PROMPT)"
 
-publish:  ## copy the log, numbers, samples and curve of a finished `make train` to results/mini_llama
-	@test -f runs/short/summary.json || { echo "runs/short/summary.json is missing: make train first"; exit 1; }
-	mkdir -p results/mini_llama
-	cp runs/short/log.jsonl runs/short/summary.json runs/short/samples.txt runs/short/curves.png results/mini_llama/
+publish: $(STAMP)  ## store a finished `make train`: log and curve in results/, the model in checkpoints/
+	@$(BIN)/python tools/publish.py
 
 ablations: $(STAMP)  ## run the ablations of chapters 10 and 11, five seeds each, into results/
 	@$(BIN)/python tools/ablations.py && $(BIN)/python tools/ablations_recipe.py

@@ -313,7 +313,8 @@ def save(directory: str | Path, model: Llama, tokenizer: Tokenizer) -> None:
     """Write a model as a folder: config.json, model.safetensors, tokenizer.model, special_tokens.json."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(dataclasses.asdict(model.config), indent=1)
+    fields = dataclasses.asdict(model.config) | {"dtype": model.embedding.dtype.name}
+    config = json.dumps(fields, indent=1)
     special = json.dumps(tokenizer.special, indent=1)
     tokenizer.save(directory / "tokenizer.model")
     write_durably(directory / "special_tokens.json", special.encode())
@@ -332,27 +333,31 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def read_config(path: Path) -> LlamaConfig:
-    """A LlamaConfig from JSON. Raises ValueError naming the file if it is not one."""
+def read_config(path: Path) -> tuple[LlamaConfig, jnp.dtype]:
+    """A LlamaConfig from JSON, and the dtype of its weights (float32 if the file does not say).
+
+    Raises ValueError naming the file if it is not one.
+    """
     try:
         fields = read_json(path)
         scaling = fields.pop("rope_scaling")
-        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling))
+        dtype = jnp.dtype(fields.pop("dtype", "float32"))
+        return LlamaConfig(**fields, rope_scaling=scaling and RopeScaling(**scaling)), dtype
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of a Llama: {error}") from error
 
 
-def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
+def load(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a folder written by `save`, as `make train` leaves it.
 
-    Raises FileNotFoundError naming the missing file, ValueError for a file that does not fit.
+    Weights stored in another dtype (those in checkpoints/ are bfloat16, half the bytes) come back as
+    `dtype`. Raises FileNotFoundError naming the missing file, ValueError for one that does not fit.
     """
     directory = Path(directory)
     for name in ("config.json", "special_tokens.json", "tokenizer.model", "model.safetensors"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} is missing: this is no saved model")
-    config = read_config(directory / "config.json")
-    like = Llama(config, key=jax.random.key(0))
+    config, stored = read_config(directory / "config.json")
     special = read_json(directory / "special_tokens.json")
     tokenizer = Tokenizer.load(directory / "tokenizer.model", special)
     if tokenizer.vocab_size != config.vocab_size:
@@ -360,7 +365,9 @@ def load(directory: str | Path) -> tuple[Llama, Tokenizer]:
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model has "
             f"vocab_size={config.vocab_size}"
         )
-    return load_weights(directory / "model.safetensors", like), tokenizer
+    like = Llama(config, key=jax.random.key(0), dtype=stored)
+    model = load_weights(directory / "model.safetensors", like)
+    return jax.tree.map(lambda x: x.astype(dtype), model), tokenizer
 
 
 FIT_OPTIONS = ("steps", "seed", "accumulate", "eval_every", "checkpoint_every")

@@ -229,6 +229,13 @@ def test_save_and_load_round_trip(tmp_path, model, tokenizer):
     assert same_tokenizer.encode("the cat") == tokenizer.encode("the cat")
 
 
+def test_weights_stored_in_half_the_bytes_come_back_as_asked(tmp_path, model, tokenizer):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    save(tmp_path, half, tokenizer)
+    assert eqx.tree_equal(load(tmp_path, jnp.bfloat16)[0], half)
+    assert eqx.tree_equal(load(tmp_path)[0], jax.tree.map(lambda x: x.astype(jnp.float32), half))
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "special_tokens.json", "tokenizer.model", "model.safetensors"]
 )
