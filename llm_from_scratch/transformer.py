@@ -20,6 +20,7 @@ from llm_from_scratch.attention import (
     causal_mask,
     merge_heads,
     scaled_dot_product_attention,
+    split_heads,
 )
 from llm_from_scratch.training import is_trainable
 
@@ -209,7 +210,7 @@ class DecoderLayer(eqx.Module):
     ) -> tuple[Float[Array, "1 D"], tuple[Array, Array]]:
         """Position t alone. `past`, `memory`: keys and values, (H, T, Dh); past with t is returned."""
         first, second, third = self.residuals
-        y = first.enter(x)
+        y, n_heads = first.enter(x), self.self_attention.n_heads
         q, *new = self.self_attention.heads(y, y)
         past = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, n, t, axis=1)
@@ -219,7 +220,7 @@ class DecoderLayer(eqx.Module):
         y = merge_heads(scaled_dot_product_attention(q, *past, seen))
         x = first.leave(x, y @ self.self_attention.wo.T)
         y = second.enter(x)
-        q, _, _ = self.cross_attention.heads(y, y)
+        q = split_heads(y @ self.cross_attention.wq.T, n_heads)
         y = merge_heads(scaled_dot_product_attention(q, *memory, memory_mask[None, None]))
         x = second.leave(x, y @ self.cross_attention.wo.T)
         return third.leave(x, self.feed_forward(third.enter(x))), past

@@ -557,6 +557,7 @@ def test_ledger_has_every_technique_once(tree):
     ("cost", "named"),
     [
         ({"seconds": 60.1, "gigabytes": 0.1}, "60.1 s"),
+        ({"seconds": 121, "gigabytes": 0.1, "gflops": 150}, "limit 120 s"),
         ({"seconds": 1.0, "gigabytes": 2.1}, "2.1 GB"),
         (None, "lacks 01_beta"),
     ],

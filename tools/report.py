@@ -209,8 +209,8 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
     path = root / "results" / "chapters.json"
     costs = json.loads(path.read_text()) if path.exists() else {}
     table = [
-        "| chapter | what you build | the numbers it reaches | seconds, cold | memory, GB |",
-        "|---|---|---|---|---|",
+        "| chapter | what you build | the numbers it reaches | seconds, cold | GFLOP/s | GB |",
+        "|---|---|---|---|---|---|",
     ]
     for script in scripts(root):
         title, sentence = first_line(script)
@@ -222,7 +222,7 @@ def blocks(root: Path = ROOT) -> dict[str, str]:
         took = costs.get(script.stem, {})
         table.append(
             f"| [{script.stem[:2]} {title}](chapters/{script.stem}.ipynb) | {sentence} | {reached} "
-            f"| {took.get('seconds', '')} | {took.get('gigabytes', '')} |"
+            f"| {took.get('seconds', '')} | {took.get('gflops', '')} | {took.get('gigabytes', '')} |"
         )
     return {
         "ledger": f"**{one_line(root)}** Every row, with what was predicted and what was measured: "

@@ -1,7 +1,7 @@
 """Execute chapters: script → notebook, run top to bottom in a cold process, export, refresh the reports.
 
-`python tools/run.py` runs all chapters, `python tools/run.py 07` one. Seconds and peak memory go to
-results/chapters.json. `--quick` keeps the compile cache and records no cost, for work in progress.
+`python tools/run.py` runs all chapters, `python tools/run.py 07` one. Seconds, peak memory and
+the machine's pace go to results/chapters.json. `--quick` keeps the compile cache and records no cost, for work in progress.
 """
 
 import argparse
@@ -46,8 +46,15 @@ def execute(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def pace() -> int:
+    """What this machine's matrix products reach at the moment, in GFLOP/s; other work slows it."""
+    code = "from llm_from_scratch.pretraining import matmul_peak; print(round(matmul_peak()))"
+    return int(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
+
+
 def cost(path: Path, quick: bool) -> dict[str, float]:
-    """Execute in a process of its own; its cold seconds and the peak memory of its largest process."""
+    """Execute in a process of its own: cold seconds, peak memory of its largest process, the pace."""
+    before = 0 if quick else pace()
     with tempfile.TemporaryDirectory() as cold:
         cache = {} if quick else {"JAX_COMPILATION_CACHE_DIR": cold}
         start = time.monotonic()
@@ -55,7 +62,9 @@ def cost(path: Path, quick: bool) -> dict[str, float]:
         done = subprocess.run(command, env=os.environ | cache, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise CourseError(f"{path.name} stopped with an error")
-    return {"seconds": round(time.monotonic() - start, 1), "gigabytes": float(done.stdout)}
+    seconds = round(time.monotonic() - start, 1)
+    gflops = 0 if quick else max(before, pace())
+    return {"seconds": seconds, "gigabytes": float(done.stdout), "gflops": gflops}
 
 
 def main() -> None:
