@@ -769,7 +769,9 @@ for (name, _), row in stored.items():  # every row was made with the settings of
     assert row["settings"] == rnn_runs.json.loads(
         rnn_runs.json.dumps(rnn_runs.describe(rnn_runs.ARMS[name]))
     )
-model, rows = rnn_runs.train(ARM, seed=0)
+model = RNNLM(ARM.config, key=jax.random.key(0))
+streams = Streams(TRAIN, ARM.batch, ARM.length, seed=0)
+model, rows = train_truncated(model, streams, ARM.transformation(), steps=ARM.steps())
 log_p = stream_log_probs(model, VALIDATION)
 live = bits_per_byte(-log_p.sum(), len(log_p))
 print(f"{count_parameters(model):,} parameters, {ARM.steps():,} steps")
