@@ -6,8 +6,11 @@ Written from the cells that say `#| export public` by `make export`.
 from importlib import import_module
 
 _PUBLIC = {
+    "BYTES": "costs",
     "CONFIGS": "llama",
     "COURSE_SPECIAL": "tokenizer",
+    "DEVICES": "costs",
+    "Device": "costs",
     "LLAMA3_PATTERN": "tokenizer",
     "LLAMA3_SPECIAL": "tokenizer",
     "Llama": "llama",
@@ -25,14 +28,18 @@ _PUBLIC = {
     "beam_search": "attention",
     "bits_per_byte": "bigram",
     "bleu": "attention",
+    "cache_bytes": "costs",
     "check_gradients": "autodiff",
     "chrf": "attention",
     "count_parameters": "training",
     "count_params": "llama",
+    "critical_batch": "costs",
+    "decode_time": "costs",
     "dynamic_log_probs": "rnn",
     "exact_lines": "attention",
     "find_learning_rate": "training",
     "fit": "training",
+    "forward_flops": "costs",
     "load": "pretraining",
     "load_weights": "training",
     "make_optimizer": "pretraining",
@@ -42,6 +49,8 @@ _PUBLIC = {
     "pack": "pretraining",
     "paired_bootstrap": "transformer",
     "plays": "datasets",
+    "prefill_time": "costs",
+    "report": "costs",
     "sample": "pretraining",
     "save": "pretraining",
     "save_weights": "training",
@@ -49,6 +58,8 @@ _PUBLIC = {
     "sliding_windows": "tokenizer",
     "train": "pretraining",
     "train_bpe": "tokenizer",
+    "training_bytes": "costs",
+    "training_flops": "costs",
     "twin_pairs": "attention",
 }
 
