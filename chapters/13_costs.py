@@ -20,7 +20,7 @@
 # *Reading time 35 min · runs in about 20 s · difficulty ●●○ · needs 10, 11*
 #
 # Three questions come up whenever someone wants to use a model. Does it fit? How long until the first word? What does a thousand words cost? People answer them by trying. They can be answered on the back of an envelope,
-# to a per cent for the arithmetic, to a tenth or so for the memory, and as a lower bound for the time. This chapter derives the formulas, checks every one of them against something that does not know the formula,
+# to a per cent for the arithmetic, to 15 % for the memory, and as a lower bound for the time. This chapter derives the formulas, checks every one of them against something that does not know the formula,
 # and packs them into one function, `report`.
 #
 # Nothing is trained here. The letters are those of chapter 10: `B` batch, `T` new tokens in each row, `S` tokens that attention can see, `D` model width, `H` query heads, `K` key/value heads, `Dh` head width, `F` feed-forward width, `V` vocabulary, `L` layers.
@@ -68,7 +68,7 @@ for name, config in CONFIGS.items():
 # %% [markdown]
 # ## 1 · A machine in three numbers
 #
-# Here is the measurement that motivates everything else. Multiply a matrix by one vector, then by 16 vectors at once. That is 16 times the work. **Predict:** how much longer does it take? Ours: hardly at all. The stored run below did it with eight matrices of 64 MB
+# Here is the measurement that motivates everything else. Multiply a matrix by one vector, then by 16 vectors at once. That is 16 times the work. **Predict:** how much longer does it take? Ours: hardly at all longer. The stored run below did it with eight matrices of 64 MiB
 # (4,096 × 4,096 in fp32), several times over.
 
 
@@ -85,7 +85,7 @@ print("16 vectors against one, times longer:", ledger.interval(longer, digits=1)
 assert np.mean(longer) < 4
 
 # %% [markdown]
-# Sixteen times the work in less than twice the time, on average and on a machine that had other work too. The arithmetic was never the bottleneck: the matrix had to come from memory, and it comes once, for one vector or for sixteen. So a machine has (at least) three numbers that matter: how many floating-point operations it does in a second,
+# Sixteen times the work in less than twice the time: more than our "hardly", on a machine that had other work too, and far less than 16. Arithmetic is not what most of that time goes into: the matrix had to come from memory, and it comes once, for one vector or for sixteen. So a machine has (at least) three numbers that matter: how many floating-point operations it does in a second,
 # how many bytes it reads in a second, and how many bytes it holds. If a job is spread over several devices a fourth is the speed of the link between them.
 #
 # A *FLOP* is one floating-point addition or multiplication, so a multiply–add is two. FLOP/s is a speed. GB is 10⁹ bytes throughout.
@@ -98,9 +98,9 @@ class Device:
     """What a chip can do at best: the numbers of its data sheet, or measured ones.
 
     flops: FLOP/s of dense matrix products by number format; bandwidth: bytes/s read from its memory;
-    capacity: bytes; link: bytes/s that it sends to its neighbours, one way (0: it has none); machine:
-    how many share one machine; source: where the numbers come from.
-    Raises ValueError for a number that is not positive.
+    capacity: bytes; link: bytes/s that it sends to its neighbours, one way (0: it has none); group: how
+    many are joined by links of that speed; source: where the numbers come from.
+    Raises ValueError for a number that is not positive (a link may be 0).
     """
 
     name: str
@@ -108,14 +108,14 @@ class Device:
     bandwidth: float
     capacity: float
     link: float = 0.0
-    machine: int = 1
+    group: int = 1
     source: str = ""
 
     def __post_init__(self):
-        for field in ("bandwidth", "capacity", "machine"):
+        for field in ("bandwidth", "capacity", "group"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive, got {field}={getattr(self, field)}")
-        if not self.flops or min(self.flops.values()) <= 0 or self.link < 0:
+        if not self.flops or not all(v > 0 for v in self.flops.values()) or not self.link >= 0:
             raise ValueError(
                 f"flops must be positive and link 0 or more: {self.flops}, {self.link}"
             )
@@ -144,21 +144,24 @@ def nvidia(name, bf16, fp32, low, bandwidth, capacity, link, source) -> Device:
     return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, 8, source)
 
 
-def tpu(name, bf16, int8, bandwidth, capacity, link, machine, source) -> Device:
-    """A Google TPU chip: TFLOP/s in bf16 and int8, GB/s, GB, inter-chip GB/s both ways."""
+def tpu(name, bf16, int8, bandwidth, capacity, link, group, source) -> Device:
+    """A Google TPU chip: TFLOP/s in bf16 and int8, GB/s, GB, inter-chip GB/s both ways.
+
+    The links are summed: a single ring uses fewer of them, so that link times are lower bounds.
+    """
     flops = {"bf16": bf16 * 1e12, "int8": int8 * 1e12}
-    return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, machine, source)
+    return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, group, source)
 
 
 AMPERE = "NVIDIA A100 data sheet (SXM4), dense"
-HOPPER = "NVIDIA H100 and H200 data sheets (SXM5), half of the figures with sparsity"
+HOPPER = "NVIDIA H100 and H200 data sheets (SXM5); bf16 and fp8: half of the figures with sparsity"
 PUBLISHED = (
     nvidia("a100-40gb", 312, 19.5, ("int8", 624), 1555, 40, 600, AMPERE),
     nvidia("a100", 312, 19.5, ("int8", 624), 2039, 80, 600, AMPERE),
     nvidia("h100", 989, 67, ("fp8", 1979), 3350, 80, 900, HOPPER),
     nvidia("h200", 989, 67, ("fp8", 1979), 4800, 141, 900, HOPPER),
-    tpu("tpu-v5e", 197, 393, 819, 16, 400, 8, "Google Cloud documentation, TPU v5e"),
-    tpu("tpu-v5p", 459, 918, 2765, 95, 1200, 4, "Google Cloud documentation, TPU v5p"),
+    tpu("tpu-v5e", 197, 393, 819, 16, 400, 256, "Google Cloud documentation, TPU v5e"),
+    tpu("tpu-v5p", 459, 918, 2765, 95, 1200, 8960, "Google Cloud documentation, TPU v5p"),
 )
 
 # %% [markdown]
@@ -255,7 +258,7 @@ def attended_pairs(new: int, cached: int = 0, count: str = "causal") -> int:
     """Pairs of a query and a key in one row of `new` tokens that follow `cached` ones.
 
     count: "causal", those that the mask shows; "full", all of them; "blocks", those that chapter 10's
-    `attention` computes without a cache. Raises ValueError for another count.
+    `attention` computes, which has no cache. Raises ValueError for another count.
     """
     if count == "causal":
         return new * cached + new * (new + 1) // 2
@@ -263,9 +266,11 @@ def attended_pairs(new: int, cached: int = 0, count: str = "causal") -> int:
         return new * (cached + new)
     if count != "blocks":
         raise ValueError(f"count must be 'causal', 'full' or 'blocks', got {count!r}")
+    if cached:
+        raise ValueError(f"'blocks' counts a pass without a cache, got cached={cached}")
     size = max(64, new // 8)
     ends = [(low, min(low + size, new)) for low in range(0, new, size)]
-    return sum((high - low) * (cached + high) for low, high in ends)
+    return sum((high - low) * high for low, high in ends)
 
 
 # %%
@@ -338,7 +343,7 @@ for name, (config, rows, length) in tried.items():
     assert 1 < ratios["blocks"] < 1.02
 
 # %% [markdown]
-# With the blocks that chapter 10 really computes the formula is within a per cent for the mini model and within a quarter of a per cent for the 8B at 8,192 tokens. The other two columns show what attention is worth: the whole square would be 4 and 11 % more than what is computed. *2N* alone is too low by 9 %, the same for both models by accident.
+# With the blocks that chapter 10 really computes the formula is within a per cent for the mini model and within a quarter of a per cent for the 8B at 8,192 tokens. The other two columns show what attention is worth: the whole square would be 4 and 11 % more than what is computed. XLA counts 9 % more than *2N*, for both models by accident.
 # (The half per cent that is left over is what we left out. The tests also walk through the program that JAX traces and add up its matrix products alone: there the formula is equal to the last FLOP, forward, backward and with a cache.)
 #
 # The table of *Transformer Inference Arithmetic* (the post of kipply that this chapter works through) counts $24D^2$ FLOPs per layer and token, for the shape of GPT: four D × D matrices for attention, and two of 4D × D. Llama's layer is another shape. **Predict** its count in units of D²: fewer for the grouped keys and values, more for
@@ -373,7 +378,7 @@ for name in ("llama3.1-8b", "llama3.1-70b", "llama3.1-405b"):
 ledger.claim(
     "S093",
     section="Transformer Inference Arithmetic, flops counting",
-    claim="FLOPs per layer and token by formula: 24 D² for GPT's shape; Llama's layer with grouped keys and a gate",
+    claim="FLOPs per layer and token by formula: 24 D² for GPT's shape; Llama's layer with grouped keys and a gate, 8B, 70B and 405B",
     predicted="24 D² within a tenth; XLA's count within 1 %",
     measured=", ".join(f"{u:.1f}" for u in units.values())
     + " D² for 8B, 70B, 405B; XLA within 1 %",
@@ -383,7 +388,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# A little low for the 8B: 26.0, as its feed-forward layer is 3.5 D wide where ⅔ · 4D would be 2.7. The 405B comes out at 23.8, almost GPT's 24. (Each pair of a query and a key comes on top, with 4 H Dh FLOPs.) So the old rule survives for this family within a tenth, by accident of the widths.
+# Our 24 is a little low for the 8B, which has 26.0, as its feed-forward layer is 3.5 D wide where ⅔ · 4D would be 2.7. The 405B comes out at 23.8, almost GPT's 24. (Each pair of a query and a key comes on top, with 4 H Dh FLOPs.) So the old rule survives for the three sizes of the paper within a tenth, by accident of the widths; the later 1B and 3B have 29 and 21.
 #
 # ### The backward pass
 #
@@ -460,33 +465,28 @@ for name in ("llama3.2-1b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b"):
     )
 ax.axhline(1, color="gray", lw=0.8, ls="--")
 ax.axvline(8192, color="gray", lw=0.8, ls=":")
-ax.set(xscale="log", xlabel="context, tokens", ylabel="exact FLOPs / 6ND")
+ax.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="exact FLOPs / 6ND")
+ax.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
 ax.set_xticks([512, 2048, 8192, 32768, 131072], ["512", "2,048", "8,192", "32,768", "131,072"])
 ax.minorticks_off()
 ax.legend()
 fig.tight_layout()
 plt.show()
-even = {
-    n: count_params(c) / (c.n_heads * c.head_dim * c.n_layers)
-    for n, c in CONFIGS.items()
-    if "3.1" in n
-}
-print(
-    "attention costs as much as 2N from a context of", {n[9:]: f"{t:,.0f}" for n, t in even.items()}
-)
+at_8k = exact_over_rule(CONFIGS["llama3.1-405b"], 8192)
+print(f"405B at 8,192: {at_8k:.2f}")
 
 # %% [markdown]
-# The dotted line is the context of the main training run, 8,192. There the rule is good to 4 % for the 405B, and too low by 7 % for the 8B and by 22 for the 1B. At 131,072 tokens it is of no use for the small models. The smaller a model, the earlier attention matters, because weights grow with D² and attention with D. And the left end of the lines of the 8B and the 70B lies *below* one: at short contexts the untied
+# The dotted line is the context of the main training run, 8,192. There the exact count is 4 % higher for the 405B, 7 % for the 8B and 22 % for the 1B. At 131,072 tokens it is of no use for the small models. The smaller a model, the earlier attention matters, because weights grow with D² and attention with D. And the left ends of the lines of the 8B and the larger ones lie *below* one: at short contexts the untied
 # embedding, which multiplies nothing, is the larger error. With only four layers under a big vocabulary it is half of everything. Our three predictions hold, the first with 7 instead of 10 %.
 #
 # Now the paper's own numbers. Its §1 states 3.8 · 10²⁵ FLOPs for 405B parameters and 15.6T tokens, "almost 50×" the largest Llama 2, which had 70B parameters and 2T tokens. And it says that the 8B and the 70B were trained much longer than is compute-optimal, so that they are better *at the same inference budget*. Why would anyone over-train? Because training is paid once
 # and inference for ever. Serving $D_{inf}$ tokens costs $2ND_{inf}$. A smaller model trained longer, to the same loss, is cheaper to serve.
 #
-# How long one should over-train follows from a loss law. We take the form of Hoffmann et al. (2022) with the constants of Besiroglu et al. (2024), who repaired the fit:
+# How long one should over-train follows from a loss law. We take the form of Hoffmann et al. (2022) with the constants $E, A, B, \alpha, \beta$ of Besiroglu et al. (2024), who repaired the fit (this $B$ is not the batch):
 #
 # $$ \ell(N, D) = E + \frac{A}{N^\alpha} + \frac{B}{D^\beta}, \qquad \min_{N, D}\; 6ND + 2ND_{inf} \quad\text{at fixed } \ell . $$
 #
-# On a curve of constant loss, more weights save tokens: $\frac{dD}{dN} = -\frac{D}{N}\,\rho$ with $\rho = \frac{\alpha A N^{-\alpha}}{\beta B D^{-\beta}}$. Set the derivative of the cost to zero, and out comes the demand for which a given pair is the right one: $D_{inf} = 3D(\rho - 1)$. At $\rho = 1$ it is zero: that is the compute-optimal model.
+# On a curve of constant loss, more weights save tokens: $\frac{dD}{dN} = -\frac{D}{N}\,\rho$ with $\rho = \frac{\alpha A N^{-\alpha}}{\beta B D^{-\beta}}$. Set the derivative of the cost to zero, $6D + 2D_{inf} + 6N\frac{dD}{dN} = 6D + 2D_{inf} - 6D\rho = 0$, and out comes the demand for which a given pair is the right one: $D_{inf} = 3D(\rho - 1)$. At $\rho = 1$ it is zero: that is the compute-optimal model.
 
 # %%
 LAW = {"A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}  # Besiroglu et al. 2024
@@ -494,11 +494,11 @@ LAW = {"A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}  # Besiroglu 
 
 # %%
 #| workbook
-def break_even_tokens(n, d, law):
-    """Tokens to be served for which n parameters, trained on d tokens, are the cheapest way to their loss."""
-    parameters = law["alpha"] * law["A"] / n ** law["alpha"]
-    tokens = law["beta"] * law["B"] / d ** law["beta"]
-    return 3 * d * (parameters / tokens - 1)
+def break_even_tokens(params, tokens, law):
+    """Tokens to be served for which so many parameters, trained on so many tokens, reach their loss most cheaply."""
+    by_size = law["alpha"] * law["A"] / params ** law["alpha"]
+    by_data = law["beta"] * law["B"] / tokens ** law["beta"]
+    return 3 * tokens * (by_size / by_data - 1)
 
 
 # %% [markdown]
@@ -531,7 +531,7 @@ optimum = cheapest(*eight, 0)
 print(f"for nothing served the loss of the 8B is cheapest with {optimum / 1e9:.0f}B parameters")
 
 # %% [markdown]
-# By this law the 8B is the right model for some 190 trillion tokens of use, twelve times what it was trained on. For a model that very many people run, that is not absurd. The 405B comes out as slightly over-trained too, while the paper's own law (§3.2.1, chapter 22) calls it about optimal: two fits, far beyond the data of either.
+# By this law the 8B is the right model for some 190 trillion tokens of use, nearly thirteen times what it was trained on. For a model that very many people run, that is not absurd. The 405B comes out as slightly over-trained too, while the paper's own law (§3.2.1, chapter 22) calls it about optimal: two fits, far beyond the data of either.
 # We have *derived* the trade-off from a published law; that a small model trained long is really as good we did not test.
 
 # %%
@@ -542,14 +542,16 @@ print(
     f"6ND = {rule:.2e}; by our count {training_flops(CONFIGS['llama3.1-405b'], 1, 8192) / 8192 * 15.6e12:.2e}"
 )
 print(f"times Llama 2 70B: {rule / llama2:.0f}")
+mini_ratio = gradient.cost_analysis()["flops"] / (6 * count_params(MINI) * 512)
 assert round(rule / 1e24) == 38 and break_even_tokens(*eight, LAW) > 10 * eight[1]
+assert 1.0 < mini_ratio < 1.4 and 40 < rule / llama2 < 50
 ledger.claim(
     "L001",
     section="1",
     claim="3.8e25 FLOPs for 405B parameters on 15.6T tokens, almost 50 times Llama 2 70B; 8B and 70B are trained longer "
     "than compute-optimal for the sake of inference (by a published loss law, no model trained here)",
     predicted="6ND gives 3.8e25; XLA's count of a mini step is 1.0 to 1.4 times 6ND",
-    measured=f"3.79e25, {rule / llama2:.0f} times; XLA / 6ND = {gradient.cost_analysis()['flops'] / (6 * count_params(MINI) * 512):.2f} "
+    measured=f"3.79e25, {rule / llama2:.0f} times (the paper: almost 50); XLA / 6ND = {mini_ratio:.2f} "
     f"for the mini; 8B on 15T tokens is cheapest if {break_even_tokens(*eight, LAW) / 1e12:.0f}T are served",
     verdict="derived",
     function="costs.training_flops",
@@ -592,41 +594,45 @@ for name, (_, _, tflops, printed) in TABLE_4.items():
     print(f"{name:18} {tflops} TFLOP/s → {computed[name]:.1f} %, printed {printed} %")
 least = 0.405 * DEVICES["h100"].peak("bf16") / 1e12
 print(f"41 % needs at least {least:.1f} TFLOP/s")
-assert [int(v) for v in computed.values()] == [43, 40, 38] and 400 < least < 405
+for (
+    _,
+    _,
+    tflops,
+    printed,
+) in TABLE_4.values():  # is there a true value that both numbers round from?
+    low, high = (100 * mfu((tflops + d) * 1e12, 1, DEVICES["h100"]) for d in (-5, 5))
+    assert low < printed + 0.5 and high > printed - 0.5
+assert 400 < least < 405
 ledger.claim(
     "L041",
     section="3.3.2",
     claim="bf16 MFU of 43, 41 and 38 % from 430, 400 and 380 TFLOP/s per H100",
-    predicted="the printed per cents follow from a dense peak of 989 TFLOP/s",
-    measured="43.5, 40.4 and 38.4 %: the second rounds to 40, not to the printed 41, unless 400 stands for more than 400.5",
+    predicted="the printed per cents follow from a dense peak of 989 TFLOP/s, if the TFLOP/s are rounded to tens",
+    measured="43.5, 40.4 and 38.4 % from the rounded numbers: the second rounds to 40, unless 400 stands for 400.5 to 405",
     verdict="derived",
     function="costs.mfu",
     test="tests/test_costs.py::test_mfu",
 )
 
 # %% [markdown]
-# Two of three. If the TFLOP/s are rounded to tens, which they look like, all three can be right: a true 401 to 405 gives 41 %. So the ledger says "derived", and what does not fit is in its row. The paper does not say how it counts the FLOPs. At 131,072 tokens that matters: section 3 found two thirds more than 6ND there, so the third row may be another kind of number than the first two.
+# Two of three (43.48 rounds to 43). If the TFLOP/s are rounded to tens, which they look like, all three can be right: a true 401 to 405 gives 41 %. So the ledger says "derived", and what does not fit is in its row. The paper does not say how it counts the FLOPs. At 131,072 tokens that matters: section 3 found two thirds more than 6ND there, so the third row may be another kind of number than the first two.
 #
-# Does it fit the calendar? **Predict** how long the main run took on 16,384 GPUs. And the model card of Llama 3.1 405B states 30.84 million GPU hours.
+# Does it fit the calendar? **Predict** how many days the main run takes on 16,384 GPUs, and what share of the peak is left over *all* GPU hours, of which the model card of Llama 3.1 405B states 30.84 million. Ours: two months, and a third.
 
 # %%
 gpu_hours = rule / 400e12 / 3600
-print(
-    f"6ND at 400 TFLOP/s: {gpu_hours / 1e6:.1f} million GPU hours, {gpu_hours / 16_384 / 24:.0f} days on 16,384 GPUs"
-)
+print(f"6ND at 400 TFLOP/s: {gpu_hours / 16_384 / 24:.0f} days on 16,384 GPUs")
 overall = mfu(rule, 30.84e6 * 3600, DEVICES["h100"])
 print(f"utilisation over all hours of the model card: {overall:.0%}")
 summary = json.loads((REPOSITORY / "results" / "mini_llama" / "summary.json").read_text())
 cpu = Device("the CPU of the stored run", {"fp32": summary["matmul_gflops"] * 1e9}, 1, 1)
-work = training_flops(MINI, 1, 256, count="blocks") / 256 * summary["tokens"]
-print(
-    f"make train, stored run: MFU {mfu(work, summary['seconds'], cpu, dtype='fp32'):.0%} of the matmul peak"
-)
+work = 6 * count_params(MINI) * summary["tokens"]
+utilisation = mfu(work, summary["seconds"], cpu, dtype="fp32")
+print(f"make train, stored run, by 6ND too: {utilisation:.0%} of the matmul peak")
 assert 0.3 < overall < 0.4
 
 # %% [markdown]
-# Sixty-seven days if nothing ever stops. The model card has a sixth more GPU hours than that, for restarts, evaluation, other stages or another rate; it does not say. The last line is chapter 11's stored run, two CPU cores that reached about the MFU of Meta's cluster. That is no triumph: two cores that share one memory have no network to wait for. (Its seconds include the evaluations, and its peak is a measured one, lower
-# than a data sheet's would be.)
+# Sixty-seven days if nothing ever stops. The model card has a sixth more GPU hours than that; for what, it does not say. Chapter 11's stored run comes near the same share by the same rule, which is no triumph: two cores that share one memory have no network to wait for.
 #
 # ## 5 · Memory: does it fit?
 #
@@ -742,7 +748,9 @@ def training_bytes(
     """Bytes of a training step with Adam, by part: weights, gradients, optimizer, activations.
 
     In a narrow format the optimiser also holds an fp32 copy of the weights: 16 bytes a parameter in bf16
-    and in fp32. For scores and recompute see `activation_bytes`.
+    and in fp32, 14 in one-byte formats. Their sum is an upper limit, since XLA gives gradients the room
+    of activations that are no longer needed. For scores and recompute see `activation_bytes`, which was
+    checked against XLA in fp32 only.
     """
     n, size = count_params(config), BYTES[dtype]
     kept = activation_bytes(config, batch, context, dtype, scores=scores, recompute=recompute)
@@ -794,7 +802,7 @@ ledger.claim(
     section="3.3.2",
     claim="the memory of a training step can be projected before anything runs (the paper's tool is not described; ours "
     "counts state and activations): mean error on eight shapes drawn at random; chapter 11's own step is within 1 %, "
-    f"the worst shape {worst:.0f} % off",
+    f"the worst shape {worst:.0f} % off, so that the same prediction for every single shape fails",
     predicted=ledger.within(10, "%"),
     measured=ledger.interval(errors.values(), "%", digits=1),
     verdict=ledger.judge(ledger.within(10, "%"), ledger.interval(errors.values(), "%")),
@@ -803,7 +811,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# On average the formula is right to within a tenth, and it is always too low. Our prediction holds for seven of the eight shapes; the worst miss, 15 %, is the one with 16 heads. The reason is the scores: where there are many, XLA keeps a third copy of some of them instead of computing it again (with 8 heads in place of 4 the mini model holds exactly three), and a formula does not see such decisions.
+# On average the formula is right to within a tenth, and it is always too low. Our prediction, which was about each shape, holds for seven of the eight; the worst miss, 15 %, is the one with 16 heads. For the two worst a third copy of the scores accounts for nearly all of the miss; for others it is too much or too little. XLA decides case by case, and a formula does not see such decisions.
 # So one may plan with it, with a margin. Now what Meta faced:
 
 # %%
@@ -831,7 +839,7 @@ assert 16 * count_params(giant) == state
 #
 # $$ B^* = \frac{\text{peak}}{\text{bandwidth}} \cdot \frac{b}{2} , $$
 #
-# half the last column of section 1's table, since a weight takes two operations. Below it, a larger batch is free. Above it, time grows with the batch.
+# half the last column of section 1's table, since a weight takes two operations. Below it a larger batch costs, by this bound, nothing. Above it, time grows with the batch.
 
 
 # %%
@@ -848,7 +856,7 @@ for device in PUBLISHED:
 # %% [markdown]
 # The post finds 208 for the A100, from rounded numbers (312 over 1.5); with the 1,555 GB/s of the 40 GB data sheet it is 201, and with the later 80 GB card 153. Memory became faster, so the critical batch fell.
 #
-# Now our own machine. The stored run measured eight 64 MB matrices times 1 to 256 vectors, again and again, each time with the matmul peak and the read bandwidth before and after. **Predict** the picture: time per pass over the batch, on logarithmic axes. Ours: flat, then a line of slope one, with the bend at the critical batch.
+# Now our own machine. The stored run measured eight 64 MiB matrices times 1 to 256 vectors, again and again, each time with the matmul peak and the read bandwidth before and after. **Predict** the picture: time per pass over the batch, on logarithmic axes. Ours: flat, then a line of slope one, with the bend at the critical batch, give or take half of it.
 
 
 # %%
@@ -880,7 +888,7 @@ fine = np.geomspace(1, 256)
 ax.plot(fine, 1000 * 4 * size / machine.bandwidth + 0 * fine, "k:", label="bytes / bandwidth")
 ax.plot(fine, 1000 * 2 * size * fine / machine.peak("fp32"), "k--", label="FLOPs / peak")
 ax.axvline(critical_batch(machine, "fp32"), color="gray", lw=0.8)
-ax.set(xscale="log", yscale="log", xlabel="batch", ylabel="milliseconds for 512 MB of weights")
+ax.set(xscale="log", yscale="log", xlabel="batch", ylabel="milliseconds for 512 MiB of weights")
 ax.set_xticks(batches, [str(b) for b in batches])
 ax.minorticks_off()
 ax.legend(fontsize=8)
@@ -894,7 +902,7 @@ jump = [stored_times(r, "rows", 4) / stored_times(r, "products", 4) for r in STO
 print("rows over columns at batch 4:", ledger.interval(jump, "times", digits=0))
 
 # %% [markdown]
-# The picture shows the fastest of the repeats at each batch, and the fastest yardsticks. It is called a *roofline* (turned over: Williams et al. draw speed, we draw time). The blue points follow the prediction: flat, then a line of slope one, with the bend where the critical batch says, to within the spread of a busy machine. They stay somewhat above both bounds, since nothing overlaps perfectly.
+# The picture shows the fastest of the repeats at each batch, and the fastest yardsticks. It is called a *roofline* (turned over: Williams et al. draw speed, we draw time). The blue points follow the prediction roughly: almost flat, then a line of slope one, with the bend near the critical batch. They stay somewhat above both bounds; we did not measure why.
 #
 # The orange points are a surprise. They are the same numbers multiplied the other way round: B row vectors times the transposed matrix, as chapter 10's `linear` does it. At one vector they agree with the blue ones. From two on they jump, to about three times the blue ones, and only at large batches do the two meet again. We suppose that XLA's CPU back end uses another routine there, one that first copies the matrix into another order. So
 # the bound is a bound: to reach it takes a program that reads each weight once. For the decoding of chapter 12 it is worth knowing that the order matters.
@@ -908,7 +916,8 @@ print("bend, measured over predicted, minus 1:", off)
 ledger.claim(
     "S092",
     section="Transformer Inference Arithmetic, batch sizes",
-    claim="a batch is free up to the critical batch, peak over bandwidth: where 512 MB of fp32 weights, matrix times vectors, bend on two CPU cores",
+    claim="time per pass bends at the critical batch, peak over bandwidth (the position of the bend only): 512 MiB of fp32 "
+    "weights, matrix times vectors, two CPU cores",
     predicted=ledger.within(0.5, "relative"),
     measured=off,
     verdict=ledger.judge(ledger.within(0.5, "relative"), off),
@@ -953,7 +962,7 @@ def latency(
 
     sent: bytes that each device sends. Raises ValueError for several devices without a link.
     """
-    if devices > 1 and not device.link:
+    if (devices > 1 or sent) and not device.link:
         raise ValueError(f"{device.name} has no link, it can't be one of devices={devices}")
     link = sent / device.link if sent else 0.0
     compute, memory = flops / device.peak(dtype), moved / device.bandwidth
@@ -1064,7 +1073,7 @@ for name, n in (("a100", 1), ("h100", 1), ("h100", 8), ("tpu-v5e", 8)):
         print(f"8B on {n} {name:8} {task:8} {1000 * one.seconds:7.2f} ms, limited by {one.bound}")
 
 # %% [markdown]
-# Prefill is limited by arithmetic and decode by memory, by a wide margin. With eight GPUs more of the prefill's time goes into the links than into arithmetic, if nothing hides it. (The bound counts the bytes on the link, not the delay of each message. In decode, where messages are tiny, the delays are what one really waits for; the post takes some microseconds for each.)
+# Prefill is limited by arithmetic and decode by memory, by a wide margin. With eight GPUs half of the prefill's time goes into the links, if nothing hides it. (The bound counts the bytes on the link, not the delay of each message. In decode, where messages are tiny, the delays are what one really waits for; the post takes some microseconds for each.)
 #
 # Is the bound near the truth? The stored run decoded one row at a time with a random Llama of half a gigabyte in fp32. **Predict** how close chapter 10's code comes to the memory bound on this CPU. Ours: at least half.
 
@@ -1088,7 +1097,7 @@ print("256 tokens at once, limited by arithmetic:", ledger.interval(prefilled, "
 ledger.claim(
     "S091",
     section="Transformer Inference Arithmetic, latency calculations",
-    claim="the time of a decoding step is the larger of arithmetic and memory traffic: speed reached at batch 1 on two CPU cores, as a share of that bound",
+    claim="the time of a decoding step is at least the larger of arithmetic and memory traffic, and within a factor of two of it: speed reached at batch 1 on two CPU cores, as a share of that bound",
     predicted=ledger.at_least(0.5, "of the bound"),
     measured=reached,
     verdict=ledger.judge(ledger.at_least(0.5, "of the bound"), reached),
@@ -1125,28 +1134,37 @@ assert 1 < ratio < 1.01 and 300 < saved < 450
 # %% [markdown]
 # Close to it. Note what chapter 10's cache does: its buffer has a fixed number of slots, and every step computes scores for all of them, filled or not. XLA's count for the *last* slot equals the formula; for the first it would be the same, and the formula lower.
 #
-# FLOPs are not seconds. **Predict** how much *time* the cache saves at 256 tokens for the stored half-gigabyte model: FLOPs fall by some 256. Ours: far less, since the single token is limited by memory and the 256 are not. In the time of one read the machine could do a critical batch of tokens, so divide: 256 over some 23 is 11 times.
+# FLOPs are not seconds. **Predict** how much *time* the cache saves at 256 tokens for the stored half-gigabyte model: FLOPs fall by some 256. Ours: far less, since the single token is limited by memory and the 256 are not. In the time of one read the machine could do a critical batch of tokens, so divide: 256 over the critical batch, some 23, is 11 times. The ledger asks that this quotient be right to within a third, a tolerance chosen after the run. (The stored run decodes into an empty buffer of 256 slots; every slot is read all the same.)
 
 # %%
 #| claim S088
 speedup = [row["uncached"] / row["cached"] for row in STORED["decoding"]]
 fewer = forward_flops(costs_runs.LARGE, 1, 256) / forward_flops(costs_runs.LARGE, 1, 1, cached=255)
 faster = ledger.interval(speedup, "times", digits=0)
-print(f"the 256th token with a cache: {fewer:.0f} times fewer FLOPs, {faster} faster")
+print(f"one token with a cache of 256 slots: {fewer:.0f} times fewer FLOPs, {faster} faster")
+gap = ledger.interval(
+    [
+        row["uncached"] / row["cached"] / (256 / critical_batch(yardstick(row), "fp32")) - 1
+        for row in STORED["decoding"]
+    ],
+    "relative",
+    digits=1,
+)
 assert cache_bytes(EIGHT, 1, 1) == 131_072
 ledger.claim(
     "S088",
     section="Transformer Inference Arithmetic, kv cache",
-    claim="a KV cache of 2 · L · K · Dh numbers a token replaces reading everything again: time for the 256th token without it over with it",
-    predicted=ledger.at_least(3, "times"),
-    measured=faster,
-    verdict=ledger.judge(ledger.at_least(3, "times"), faster),
+    claim="a KV cache of 2 · L · K · Dh numbers a token replaces reading everything again: time of a pass over 256 tokens over that of "
+    f"one token with a cache of 256 slots ({faster}), against 256 over the critical batch",
+    predicted=ledger.within(0.33, "relative"),
+    measured=gap,
+    verdict=ledger.judge(ledger.within(0.33, "relative"), gap),
     function="costs.cache_bytes",
     test="tests/test_costs.py::test_cache_and_weights_equal_the_arrays",
 )
 
 # %% [markdown]
-# The division works. The cache saves 251 of 252 parts of the arithmetic and nine tenths of the time.
+# The division is right to within that. The cache saves 250 of 251 parts of the arithmetic, and of the time only nine tenths.
 #
 # ### What the bound leaves out
 #
@@ -1166,16 +1184,17 @@ assert excess["decode"] < 1.5 and excess["prefill"] > 10
 ledger.claim(
     "S094",
     section="Transformer Inference Arithmetic, intermediate memory costs",
-    claim="intermediate arrays are a small part of the traffic in decoding one token; in a prefill they are most of it",
+    claim="intermediate arrays, if every operation wrote its result to memory: at most a small addition to weights and cache in "
+    "decoding one token, most of the traffic in a prefill (the traffic of a fused program was not measured)",
     predicted="bytes accessed over weights and cache, before fusion: below 1.5 and above 10",
     measured=f"{excess['decode']:.1f} and {excess['prefill']:.0f} for the 8B at 8,192 (XLA's count of the unfused program)",
-    verdict="reproduced",
+    verdict="derived",
     function="costs.decode_time",
-    test="tests/test_costs.py::test_decode_is_bound_by_memory",
+    test="tests/test_costs.py::test_traffic_before_fusion",
 )
 
 # %% [markdown]
-# Two opposite worlds. In decoding the bound leaves out about a tenth. In a prefill the intermediate arrays would be almost all of the traffic, nearly ten times more than the H100 can move while it computes, if each operation wrote its result to memory and the next read it back. That they don't is the work of *fusion*: XLA joins elementwise operations with their neighbours, and FlashAttention joins the whole of attention. A bound
+# Two opposite worlds. In decoding the bound leaves out at most about a tenth. In a prefill the intermediate arrays would be almost all of the traffic, nearly ten times more than the H100 can move while it computes, if each operation wrote its result to memory and the next read it back. That they don't is the work of *fusion*: XLA joins elementwise operations with their neighbours, and FlashAttention joins the whole of attention. A bound
 # for prefill that counts weights and cache only presumes such a program.
 #
 # ## 8 · The calculator
@@ -1221,7 +1240,7 @@ class Report:
     @property
     def trains(self) -> bool:
         """Whether a training step fits, nothing recomputed."""
-        return sum(self.training.values()) <= self.capacity
+        return sum(self.training.values()) <= self.capacity  # an upper limit: see training_bytes
 
     def __str__(self) -> str:
         return table(self)
@@ -1266,9 +1285,9 @@ def table(r: Report) -> str:
         f"  one step          {readable(r.step_seconds, 's'):>9}  {readable(r.step_flops, 'FLOP')}, "
         f"{r.step_flops / (6 * r.parameters * r.batch * r.context):.2f} × 6ND",
     ]
-    if r.devices > r.device.machine:
+    if r.devices > r.device.group:
         lines.append(
-            f"note: a machine has {r.device.machine}; slower links between machines are not counted"
+            f"note: fast links join {r.device.group} devices; slower links between groups are not counted"
         )
     return "\n".join(lines)
 
@@ -1297,8 +1316,8 @@ def report(
     config = CONFIGS[config] if isinstance(config, str) else config
     device = DEVICES[device] if isinstance(device, str) else device
     for name, value in (("batch", batch), ("context", context), ("devices", devices)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+        if value < 1 or value != int(value):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {name}={value}")
     if context > config.max_seq_len:
         raise ValueError(f"context={context} exceeds max_seq_len={config.max_seq_len}")
     dtype = dtype or ("bf16" if "bf16" in device.flops else "fp32")
@@ -1375,8 +1394,8 @@ print()
 print(report("llama3.1-405b", "h100", batch=8, context=8192, devices=16))
 
 # %% [markdown]
-# Read the first report as an answer to a plan: serve 16 users of the 8B with 8,192 tokens each from one H100. It fits, up to 59 such users. Prefilling all 16 prompts takes at least two seconds, which is long. Then each user gets a token every 10 ms, about a hundred per second. Training the same batch does not fit: almost a terabyte of activations, unless they are recomputed.
-# The second is the 405B on the paper's two machines (§6). The paper runs them as a pipeline, with tensor parallelism inside each machine. An even split over 16 is optimistic: there are only 8 key/value heads to be divided, and the link between machines is slower.
+# Read the first report as an answer to a plan: serve 16 users of the 8B with 8,192 tokens each from one H100. It fits, up to 59 such users. Prefilling all 16 prompts takes at least two seconds, which is long. Then each user gets a token every 10 ms at best, about a hundred per second. Training the same batch does not fit: the state alone takes more than 80 GB, and the activations almost a terabyte if they are not recomputed.
+# The second is the 405B on the paper's two machines (§6). The paper runs them as a pipeline (the layers divided over the machines), with tensor parallelism inside each machine. An even split over 16 is optimistic: there are only 8 key/value heads to be divided, and the link between machines is slower.
 
 # %%
 eight_report = report("llama3.1-8b", "h100", batch=16, context=8192)
@@ -1387,7 +1406,7 @@ print(
 )
 
 # %% [markdown]
-# On the left: inference takes a fraction of an 80 GB card, training several cards. On the right: the two dashed lines never cross. With a long context the cache is read for each row, so the memory line rises with the batch as the arithmetic does, and the critical batch of section 6, which counts weights only, is never reached. **At context 8,192 decoding is limited by memory at any batch.** The whole herd:
+# On the left: inference takes a fraction of an 80 GB card, training several cards. On the right: the two dashed lines never cross. With a long context the cache is read for each row, so the memory line rises with the batch as the arithmetic does, and the critical batch of section 6, which counts weights only, is never reached. **At context 8,192 decoding the 8B on an H100 is limited by memory at any batch.** (Beyond the dotted line the card is full anyway.) The whole herd:
 
 # %%
 shown = {"a100": 1, "h100": 8, "h200": 8, "tpu-v5p": 16}
@@ -1404,28 +1423,18 @@ for name in CONFIGS:
 #
 # ## 9 · This machine, live
 #
-# The stored numbers of sections 1, 6 and 7 came from a tool, on another day. The next cell measures your machine now, and gives the report of the mini Llama on it. Its output depends on your machine and on what else runs there, so it is not compared; only the asserts count, with generous bounds.
+# The stored numbers of sections 1, 6 and 7 came from a tool, on another day. The next cell measures your machine now, and gives the report of the mini Llama on it. Its output depends on your machine and on what else runs there, so it is not compared. (A time below its "bound" would mean that the machine was busier when the yardsticks were taken: they are the best of a few tries, not a data sheet.)
 
 # %% tags=["nbval-ignore-output"]
 here = DEVICES["this machine"]
 print(f"{here.peak('fp32') / 1e9:.0f} GFLOP/s, reads {here.bandwidth / 1e9:.0f} GB/s")
 print(report(MINI, "this machine", batch=2, context=256))
-weights = jnp.ones((8192, 4096))
-product = jax.jit(jnp.matmul)
-for vectors in (1, 16, 256):
-    several = jnp.ones((4096, vectors))
-    seconds = costs_runs.best(lambda x=several: product(weights, x))
-    bound = latency(here, 2 * weights.size * vectors, 4 * weights.size, dtype="fp32")
-    print(
-        f"batch {vectors:3}: {1000 * seconds:5.1f} ms, bound {1000 * bound.seconds:5.1f} ms ({bound.bound})"
-    )
-    assert 0.1 < seconds / bound.seconds < 50
 assert critical_batch(here, "fp32") > 1
 
 # %% [markdown]
 # ## Break it: the peak from the brochure
 #
-# The plausible bug of this chapter is a factor of two, and it can enter at several doors: a multiply–add counted as one FLOP, a link counted in both directions, or a peak that holds for sparse matrices only. Take the last. **Predict** what changes in a report if the H100 gets its 1,979 TFLOP/s "with sparsity".
+# The plausible bug of this chapter is a factor of two, and it can enter at several doors: a multiply–add counted as one FLOP, a link counted in both directions, or a peak that holds for sparse matrices only. Take the last. **Predict** what changes in a report if the H100 gets its 1,979 TFLOP/s "with sparsity". Ours: the prefill halves, decoding stays.
 
 # %%
 brochure = dataclasses.replace(DEVICES["h100"], name="h100 brochure", flops={"bf16": 1979e12})
@@ -1436,6 +1445,7 @@ for device in (DEVICES["h100"], brochure):
         f"{device.name:14} prefill {made.prefill.seconds:.2f} s, decode {1000 * made.decode.seconds:.1f} ms, "
         f"critical batch {critical_batch(device):.0f}, MFU of 400 TFLOP/s {share_of_peak:.0%}"
     )
+print(f"Table 4's 430 TFLOP/s would be {mfu(430e12, 1, brochure):.0%} of the brochure's peak")
 assert abs(mfu(430e12, 1, brochure) - 0.43) > 0.2
 
 # %% [markdown]
@@ -1443,13 +1453,10 @@ assert abs(mfu(430e12, 1, brochure) - 0.43) > 0.2
 #
 # ## Notes on the sources
 #
-# - **kipply, *Transformer Inference Arithmetic* (2022).** The post derives everything in sections 5 to 7 for GPT's shape: the size of the cache, capacity, the critical batch of 208 for an A100, latency as the larger of two, 24 D² FLOPs a layer. We reproduced each for Llama's shape. What is different by now: grouped keys make the cache 4 to 16 times smaller, contexts went from two thousand tokens to a hundred thousand, and so the cache, not the weights, decides at
+# - **kipply, *Transformer Inference Arithmetic* (2022).** The post derives what sections 5 to 7 use for GPT's shape: the size of the cache, capacity, the critical batch of 208 for an A100, latency as the larger of two, 24 D² FLOPs a layer. We redid each formula for Llama's shape; the communication is only simulated. What is different by now: grouped keys make the cache 3 to 16 times smaller, contexts went from two thousand tokens to a hundred thousand, and so the cache, not the weights, decides at
 #   long contexts. Its critical batch counts weights only, and our figure shows where that misleads.
-# - **The Llama 3 Herd of Models.** §1: the budget is 6ND. §3.3.2: Table 4, with the 41 that is 40.4 as printed; how its FLOPs are counted is not said, nor what the memory estimator does. §6: two machines in bf16, derived. §3.2.1: the compute-optimal claim is chapter 22's matter.
-# - **Kaplan et al. 2020**, *Scaling Laws for Neural Language Models*, is where 6ND comes from, with N *without* embeddings, and with the attention term given beside it. Using all parameters and dropping the term is later habit; the two errors partly cancel.
-# - **Hoffmann et al. 2022**, *Training Compute-Optimal Large Language Models*, and **Besiroglu et al. 2024**, who found that the constants of its third approach don't fit the data and refitted them. **Sardana et al. 2023**, *Beyond Chinchilla-Optimal*, add the cost of inference to the objective; our break-even formula is their problem, solved the other way round.
-# - **Chowdhery et al. 2022**, *PaLM*, defines MFU, and counts attention in it.
-# - **Korthikanti et al. 2022**, *Reducing Activation Recomputation in Large Transformer Models*, count activations for GPT's shape as we do for Llama's. The constants depend on the program, so they must be counted anew for each.
+# - **The Llama 3 Herd of Models.** §1: the budget is 6ND. §3.3.2: Table 4, with the 41 that is 40.4 as printed; how its FLOPs are counted is not said, nor what the memory estimator does. §6: two machines in bf16, derived.
+# - **Kaplan et al. 2020** have 6ND with N *without* embeddings and the attention term beside it; dropping both is later habit. **Chowdhery et al. 2022** define MFU with attention counted. **Sardana et al. 2023** add the cost of inference to the objective of **Hoffmann et al. 2022**; our break-even formula is their problem, solved the other way round, with the constants of **Besiroglu et al. 2024**. **Korthikanti et al. 2022** count activations for GPT's shape; the constants depend on the program.
 #
 # ## Remember
 #

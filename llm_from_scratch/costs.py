@@ -21,9 +21,9 @@ class Device:
     """What a chip can do at best: the numbers of its data sheet, or measured ones.
 
     flops: FLOP/s of dense matrix products by number format; bandwidth: bytes/s read from its memory;
-    capacity: bytes; link: bytes/s that it sends to its neighbours, one way (0: it has none); machine:
-    how many share one machine; source: where the numbers come from.
-    Raises ValueError for a number that is not positive.
+    capacity: bytes; link: bytes/s that it sends to its neighbours, one way (0: it has none); group: how
+    many are joined by links of that speed; source: where the numbers come from.
+    Raises ValueError for a number that is not positive (a link may be 0).
     """
 
     name: str
@@ -31,14 +31,14 @@ class Device:
     bandwidth: float
     capacity: float
     link: float = 0.0
-    machine: int = 1
+    group: int = 1
     source: str = ""
 
     def __post_init__(self):
-        for field in ("bandwidth", "capacity", "machine"):
+        for field in ("bandwidth", "capacity", "group"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be positive, got {field}={getattr(self, field)}")
-        if not self.flops or min(self.flops.values()) <= 0 or self.link < 0:
+        if not self.flops or not all(v > 0 for v in self.flops.values()) or not self.link >= 0:
             raise ValueError(
                 f"flops must be positive and link 0 or more: {self.flops}, {self.link}"
             )
@@ -61,21 +61,24 @@ def nvidia(name, bf16, fp32, low, bandwidth, capacity, link, source) -> Device:
     return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, 8, source)
 
 
-def tpu(name, bf16, int8, bandwidth, capacity, link, machine, source) -> Device:
-    """A Google TPU chip: TFLOP/s in bf16 and int8, GB/s, GB, inter-chip GB/s both ways."""
+def tpu(name, bf16, int8, bandwidth, capacity, link, group, source) -> Device:
+    """A Google TPU chip: TFLOP/s in bf16 and int8, GB/s, GB, inter-chip GB/s both ways.
+
+    The links are summed: a single ring uses fewer of them, so that link times are lower bounds.
+    """
     flops = {"bf16": bf16 * 1e12, "int8": int8 * 1e12}
-    return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, machine, source)
+    return Device(name, flops, bandwidth * 1e9, capacity * 1e9, link * 1e9 / 2, group, source)
 
 
 AMPERE = "NVIDIA A100 data sheet (SXM4), dense"
-HOPPER = "NVIDIA H100 and H200 data sheets (SXM5), half of the figures with sparsity"
+HOPPER = "NVIDIA H100 and H200 data sheets (SXM5); bf16 and fp8: half of the figures with sparsity"
 PUBLISHED = (
     nvidia("a100-40gb", 312, 19.5, ("int8", 624), 1555, 40, 600, AMPERE),
     nvidia("a100", 312, 19.5, ("int8", 624), 2039, 80, 600, AMPERE),
     nvidia("h100", 989, 67, ("fp8", 1979), 3350, 80, 900, HOPPER),
     nvidia("h200", 989, 67, ("fp8", 1979), 4800, 141, 900, HOPPER),
-    tpu("tpu-v5e", 197, 393, 819, 16, 400, 8, "Google Cloud documentation, TPU v5e"),
-    tpu("tpu-v5p", 459, 918, 2765, 95, 1200, 4, "Google Cloud documentation, TPU v5p"),
+    tpu("tpu-v5e", 197, 393, 819, 16, 400, 256, "Google Cloud documentation, TPU v5e"),
+    tpu("tpu-v5p", 459, 918, 2765, 95, 1200, 8960, "Google Cloud documentation, TPU v5p"),
 )
 
 
@@ -136,7 +139,7 @@ def attended_pairs(new: int, cached: int = 0, count: str = "causal") -> int:
     """Pairs of a query and a key in one row of `new` tokens that follow `cached` ones.
 
     count: "causal", those that the mask shows; "full", all of them; "blocks", those that chapter 10's
-    `attention` computes without a cache. Raises ValueError for another count.
+    `attention` computes, which has no cache. Raises ValueError for another count.
     """
     if count == "causal":
         return new * cached + new * (new + 1) // 2
@@ -144,9 +147,11 @@ def attended_pairs(new: int, cached: int = 0, count: str = "causal") -> int:
         return new * (cached + new)
     if count != "blocks":
         raise ValueError(f"count must be 'causal', 'full' or 'blocks', got {count!r}")
+    if cached:
+        raise ValueError(f"'blocks' counts a pass without a cache, got cached={cached}")
     size = max(64, new // 8)
     ends = [(low, min(low + size, new)) for low in range(0, new, size)]
-    return sum((high - low) * (cached + high) for low, high in ends)
+    return sum((high - low) * high for low, high in ends)
 
 
 def forward_flops(
@@ -237,7 +242,9 @@ def training_bytes(
     """Bytes of a training step with Adam, by part: weights, gradients, optimizer, activations.
 
     In a narrow format the optimiser also holds an fp32 copy of the weights: 16 bytes a parameter in bf16
-    and in fp32. For scores and recompute see `activation_bytes`.
+    and in fp32, 14 in one-byte formats. Their sum is an upper limit, since XLA gives gradients the room
+    of activations that are no longer needed. For scores and recompute see `activation_bytes`, which was
+    checked against XLA in fp32 only.
     """
     n, size = count_params(config), BYTES[dtype]
     kept = activation_bytes(config, batch, context, dtype, scores=scores, recompute=recompute)
@@ -276,7 +283,7 @@ def latency(
 
     sent: bytes that each device sends. Raises ValueError for several devices without a link.
     """
-    if devices > 1 and not device.link:
+    if (devices > 1 or sent) and not device.link:
         raise ValueError(f"{device.name} has no link, it can't be one of devices={devices}")
     link = sent / device.link if sent else 0.0
     compute, memory = flops / device.peak(dtype), moved / device.bandwidth
@@ -362,7 +369,7 @@ class Report:
     @property
     def trains(self) -> bool:
         """Whether a training step fits, nothing recomputed."""
-        return sum(self.training.values()) <= self.capacity
+        return sum(self.training.values()) <= self.capacity  # an upper limit: see training_bytes
 
     def __str__(self) -> str:
         return table(self)
@@ -405,9 +412,9 @@ def table(r: Report) -> str:
         f"  one step          {readable(r.step_seconds, 's'):>9}  {readable(r.step_flops, 'FLOP')}, "
         f"{r.step_flops / (6 * r.parameters * r.batch * r.context):.2f} × 6ND",
     ]
-    if r.devices > r.device.machine:
+    if r.devices > r.device.group:
         lines.append(
-            f"note: a machine has {r.device.machine}; slower links between machines are not counted"
+            f"note: fast links join {r.device.group} devices; slower links between groups are not counted"
         )
     return "\n".join(lines)
 
@@ -434,8 +441,8 @@ def report(
     config = CONFIGS[config] if isinstance(config, str) else config
     device = DEVICES[device] if isinstance(device, str) else device
     for name, value in (("batch", batch), ("context", context), ("devices", devices)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={value}")
+        if value < 1 or value != int(value):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {name}={value}")
     if context > config.max_seq_len:
         raise ValueError(f"context={context} exceeds max_seq_len={config.max_seq_len}")
     dtype = dtype or ("bf16" if "bf16" in device.flops else "fp32")

@@ -214,6 +214,19 @@ def test_decode_is_bound_by_memory(name, device, context):
     assert bound.memory >= 2 * costs.matmul_weights(CONFIGS[name]) / device.bandwidth
 
 
+def test_traffic_before_fusion():
+    """Bytes by XLA's count of the unfused program, over weights and cache: 8B, one token and a prefill."""
+    config, length = CONFIGS["llama3.1-8b"], 8192
+    shapes = jax.eval_shape(lambda: Llama(config, key=jax.random.key(0), dtype=jnp.bfloat16))
+    slots = jax.eval_shape(lambda: init_cache(config, 1, length, jnp.bfloat16))
+    token, prompt = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (1, length))
+    decode = jax.jit(lambda m, x, kv: m(x, cache=kv)).lower(shapes, token, slots)
+    prefill = jax.jit(lambda m, x: m(x)).lower(shapes, prompt)
+    least = 2 * costs.matmul_weights(config) + costs.cache_bytes(config, 1, length)
+    assert 1 < decode.cost_analysis()["bytes accessed"] / least < 1.5
+    assert prefill.cost_analysis()["bytes accessed"] / least > 10
+
+
 @given(names, devices, st.integers(1, 64), st.integers(1, 8192), st.sampled_from([1, 2, 4, 8]))
 def test_devices_share_the_work(name, device, batch, context, n):
     for bound in (prefill_time, decode_time):
@@ -280,7 +293,7 @@ def test_devices_by_name(monkeypatch):
 
 
 def test_every_device_says_where_its_numbers_are_from():
-    assert all(device.source and device.link and device.machine > 1 for device in PUBLISHED)
+    assert all(device.source and device.link and device.group > 1 for device in PUBLISHED)
 
 
 def test_read_bandwidth_is_a_speed():
@@ -299,7 +312,7 @@ def test_every_model_on_every_device(name, device):
         f"{count_params(CONFIGS[name]):,} parameters, bf16, 8 × {device.name}"
     )
     assert made.fits == (made.max_batch >= 4)
-    assert ("slower links" in lines[-1]) == (device.machine < 8)
+    assert ("slower links" in lines[-1]) == (device.group < 8)
     assert made.step_seconds == training_flops(CONFIGS[name], 4, 2048) / 8 / device.peak("bf16")
 
 
@@ -325,8 +338,16 @@ def test_draw():
     [
         (("llama4", "h100"), KeyError, "no config 'llama4'; there are llama3-8b"),
         (("llama3-8b", "tpu"), KeyError, "no device 'tpu'"),
-        (("llama3-8b", "h100", 0), ValueError, "batch must be at least 1, got batch=0"),
-        (("llama3-8b", "h100", 1, -5), ValueError, "context must be at least 1, got context=-5"),
+        (
+            ("llama3-8b", "h100", 0),
+            ValueError,
+            "batch must be a whole number of at least 1, got batch=0",
+        ),
+        (
+            ("llama3-8b", "h100", 1, -5),
+            ValueError,
+            "context must be a whole number of at least 1, got context=-5",
+        ),
         (("llama3-8b", "h100", 1, 8193), ValueError, "context=8193 exceeds max_seq_len=8192"),
     ],
 )
@@ -338,7 +359,9 @@ def test_bad_reports(arguments, error, message):
 def test_bad_formats_and_devices():
     with pytest.raises(ValueError, match="a100 has no peak for 'fp8'; it has"):
         report("llama3-8b", "a100", dtype="fp8")
-    with pytest.raises(ValueError, match="devices must be at least 1, got devices=0"):
+    with pytest.raises(
+        ValueError, match="devices must be a whole number of at least 1, got devices=0"
+    ):
         report("llama3-8b", "a100", devices=0)
 
 

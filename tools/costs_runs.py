@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_from_scratch.costs import read_bandwidth
 from llm_from_scratch.llama import Llama, LlamaConfig, init_cache, linear
 from llm_from_scratch.pretraining import RECIPES, make_optimizer, matmul_peak, next_token_loss
 from llm_from_scratch.training import make_step, train_state
@@ -81,13 +82,6 @@ def memory(config: LlamaConfig, batch: int, context: int) -> dict[str, int]:
     return {"state": found.argument_size_in_bytes, "temporary": found.temp_size_in_bytes}
 
 
-def read_bandwidth(floats: int = 128_000_000) -> float:
-    """Bytes per second of a sum over half a gigabyte."""
-    x = jnp.ones(floats, jnp.float32)
-    total = jax.jit(jnp.sum)
-    return 4 * floats / best(lambda: total(x))
-
-
 def yardsticks() -> dict[str, float]:
     """The matmul peak in FLOP/s and the read bandwidth in bytes/s, now."""
     return {"peak": 1e9 * matmul_peak(), "bandwidth": read_bandwidth()}
@@ -106,7 +100,7 @@ def rows(matrices, x):
 
 
 def roofline() -> list[dict]:
-    """Seconds to multiply eight 64 MB matrices by B vectors, both ways round."""
+    """Seconds to multiply eight 64 MiB matrices by B vectors, both ways round."""
     keys = jax.random.split(jax.random.key(0), MATRICES)
     matrices = [jax.random.normal(k, (WIDTH, WIDTH)) for k in keys]
     found = []
