@@ -4,6 +4,7 @@ PYTHON ?= python3
 CHAPTER ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 STAMP := $(VENV)/.made
 CACHE := $(CURDIR)/.cache/jax
 
@@ -13,7 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 export JAX_PLATFORMS ?= cpu
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish ablations clean
+.PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish peers ablations bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -77,8 +78,20 @@ sample: $(STAMP)  ## let the trained model write (PROMPT="ROMEO")
 publish: $(STAMP)  ## store a finished `make train`: log and curve in results/, the model in checkpoints/
 	@$(BIN)/python tools/publish.py
 
+$(PEERS)/.made: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+peers: $(STAMP) $(PEERS)/.made  ## ask transformers and llama.cpp whether the golden files of chapter 14 still hold
+	@$(BIN)/python tests/peers/export_models.py .cache/peers
+	@$(PEERS)/bin/python tests/peers/run_peers.py .cache/peers $(if $(WRITE),--write)
+
 ablations: $(STAMP)  ## run the ablations of chapters 10 and 11, five seeds each, into results/
 	@$(BIN)/python tools/ablations.py && $(BIN)/python tools/ablations_recipe.py
 
+bench: $(STAMP) $(PEERS)/.made  ## prefill and decode of SmolLM2 against transformers and llama.cpp, into results/decode.json
+	@$(BIN)/python benchmarks/decode.py
+
 clean:  ## remove the virtual environment and the caches; runs/ and workbooks/ stay
-	rm -rf $(VENV) .cache build *.egg-info .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .cache build *.egg-info .ruff_cache .hypothesis

@@ -993,7 +993,7 @@ def read_config(path: Path) -> tuple[LlamaConfig, jnp.dtype]:
 
 
 # %%
-#| export public
+#| export
 def load(directory: str | Path, dtype: jnp.dtype = jnp.float32) -> tuple[Llama, Tokenizer]:
     """The model and the tokenizer of a folder written by `save`, as `make train` leaves it.
 
