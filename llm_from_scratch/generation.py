@@ -25,7 +25,7 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Read the prompts in one pass: logits of each row's next token, and a cache of `slots` slots.
 
-    Rows are padded on the right to T ≤ slots with any token; `lengths` are the true ones.
+    Rows are padded on the right to T ≤ slots with any token of the vocabulary; `lengths` are the true ones.
     """
     cache = init_cache(model.config, tokens.shape[0], slots, model.embedding.dtype)
     h, cache = model.hidden(tokens, cache=cache)
@@ -60,6 +60,8 @@ def pad_prompts(
             f"max_tokens and the number of prompts must be at least 1, "
             f"got max_tokens={max_tokens}, {len(prompts)} prompts"
         )
+    if np.ndim(prompts[0]) == 0:
+        raise ValueError(f"prompts must be a list of lists of ids, got {prompts[0]!r} as its first")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), -(-lengths.max() // 32) * 32), np.int32)
     for row, prompt in enumerate(prompts):
@@ -118,7 +120,7 @@ class Sampler:
 
     repetition_penalty, then temperature, top_k, top_p, min_p, each on what the one before left, as
     in transformers. temperature 0 takes the likeliest token. None switches a truncation off. Raises
-    ValueError, naming the field, for a temperature below 0, top_k below 1, top_p or min_p outside
+    ValueError, naming the field, for a temperature between 0 and 1e-6 or below 0, top_k below 1, top_p or min_p outside
     0 < p ≤ 1, and a repetition_penalty that is not positive.
     """
 
@@ -129,10 +131,13 @@ class Sampler:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < np.inf:
-            raise ValueError(f"temperature must be 0 or more, got temperature={self.temperature}")
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
-            raise ValueError(f"top_k must be an integer of at least 1, got top_k={self.top_k}")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < np.inf:
+            raise ValueError(
+                f"temperature must be 0, or from 1e-6 up and finite, got temperature={self.temperature}"
+            )
+        k = self.top_k
+        if k is not None and (isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1):
+            raise ValueError(f"top_k must be an integer of at least 1, got top_k={k}")
         for name in ("top_p", "min_p"):
             p = getattr(self, name)
             if p is not None and not 0 < p <= 1:
@@ -143,7 +148,10 @@ class Sampler:
     def log_probs(
         self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None
     ) -> Float[Array, "*B V"]:
-        """Log-probabilities of the distribution that is drawn from, in fp32; −∞ for what is cut."""
+        """Log-probabilities of the distribution that is drawn from; −∞ for what is cut.
+
+        In fp32 (fp64 for fp64). Without `seen`, the tokens that occurred, no penalty is applied.
+        """
         logits = logits.astype(accumulator(logits.dtype))
         if seen is not None and self.repetition_penalty != 1:
             logits = penalise(logits, seen, self.repetition_penalty)
@@ -187,7 +195,10 @@ def decode(
     sampler: Sampler,
     key: Key[Array, ""] | None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """One new token of every row at a time, max_tokens times; the caller may stop earlier."""
+    """One new token of every row at a time, max_tokens times; the caller may stop earlier.
+
+    Raises ValueError as `pad_prompts`, when the first token is asked for.
+    """
     tokens, lengths, slots = pad_prompts(model, prompts, max_tokens)
     key, seen = jax.random.key(0) if key is None else key, None
     if sampler.repetition_penalty != 1:
@@ -256,7 +267,8 @@ def stream(
     """Continue one prompt and yield the text piece by piece, never half a character.
 
     A prompt of type str is encoded after BOS, if the tokenizer has one; ids are taken as they are.
-    stop_ids: the tokenizer's by default. The pieces joined are the decoded ids of `generate`.
+    stop_ids: the tokenizer's by default. The pieces joined are the decoded ids of `generate`. Raises
+    ValueError as `pad_prompts`, when the first piece is asked for.
     """
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
@@ -270,15 +282,18 @@ def stream(
 def log_probs(model: Llama, tokens: Int[Array, "*B T"]) -> Float[Array, "*B T-1"]:
     """Log-probability, in nats, of each token but the first, given those before it.
 
-    Rows of different lengths: pad on the right with any token and ignore the numbers from there on.
-    The logits of 128 positions exist at a time. A token outside the vocabulary gives NaN.
+    Rows of different lengths: pad on the right with any token of the vocabulary and ignore the numbers
+    from there on. The logits of 128 positions exist at a time. A token outside the vocabulary, in the
+    padding too, can turn its whole row into NaN.
     """
     h, _ = model.hidden(tokens)
-    found = []
-    for low in range(0, tokens.shape[-1] - 1, 128):
-        goals = tokens[..., low + 1 : low + 129]
-        logits = linear(h[..., low : low + goals.shape[-1], :], model.output_weight)
+
+    def one(at):
+        state, goal = at
+        logits = linear(state, model.output_weight)
         log_p = jax.nn.log_softmax(logits.astype(accumulator(logits.dtype)), axis=-1)
-        chosen = log_p.at[(*jnp.indices(goals.shape), goals)]
-        found.append(chosen.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False))
-    return jnp.concatenate(found, axis=-1)
+        chosen = log_p.at[(*jnp.indices(goal.shape), goal)]
+        return chosen.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    at = jnp.moveaxis(h[..., :-1, :], -2, 0), jnp.moveaxis(tokens[..., 1:], -1, 0)
+    return jnp.moveaxis(jax.lax.map(one, at, batch_size=128), 0, -1)
