@@ -45,6 +45,7 @@ from llm_from_scratch.llama import KVCache, Llama, accumulator, init_cache, line
 from llm_from_scratch.tokenizer import Tokenizer
 
 # %%
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -543,7 +544,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The other half of row L122, throughput against latency, is section 8; it has no verdict. That FP8 improves it (§6.2) isn't tested here.
+# The other half of row L122, throughput against latency, is section 8; it has no verdict of its own. That FP8 improves it (§6.2) isn't tested here.
 #
 # **Stop tokens.** Generation ends before the first id of `stop_ids`, row by row. With any token as stop token this can be seen. Take the third token of the *first* row's answer: it stops that row after two, and the others wherever they meet it.
 
@@ -852,7 +853,56 @@ for batch in (1, 4, 16, 64):
 # %% [markdown]
 # The paper's figures for 405B show the result: larger batches and more micro-batches raise throughput, and the wait for each token with it (§6.1, §6.2).
 #
-# `make bench` measures it on real weights: SmolLM2-135M-Instruct in fp32, batches from 1 to 64, beside transformers and llama.cpp on the same weights, cores and threads, with the share of the machine's read bandwidth that each reaches. It writes `results/decode.json` and `benchmarks/decode.png`. It uses `generation.decode`, the loop above, unchanged.
+# **With real weights.** `make bench` decodes SmolLM2-135M-Instruct (chapter 14 reads it), 134.5 million weights in fp32, with `decode`, the loop above, unchanged. Beside it run transformers (PyTorch) and llama.cpp with the same weights, on the same two cores, each in a process of its own, in turns. The numbers below are read from `results/decode.json`; nothing is timed now. **Predict** what batch 64 does to throughput and to latency. Ours: the weights are read once for all, so thirty times the tokens for twice the wait.
+
+# %%
+stored = json.loads((repository / "results" / "decode.json").read_text())
+
+
+def median(field="seconds", **wanted):
+    """The median over the rounds of the stored rows that match."""
+    rows = [row for row in stored["rows"] if all(row.get(k) == v for k, v in wanted.items())]
+    return float(np.median([row[field] for row in rows]))
+
+
+sizes = sorted({row["batch"] for row in stored["rows"] if row.get("contender") == "ours"})
+waits = [median(contender="ours", task="decode", batch=b) for b in sizes]
+rates = [b / wait for b, wait in zip(sizes, waits, strict=True)]
+fig, ax = plt.subplots(figsize=(6.5, 3.4))
+ax.plot([1000 * wait for wait in waits], rates, "o-")
+for b, wait, rate in zip(sizes, waits, rates, strict=True):
+    ax.annotate(f"{b}", (1000 * wait, rate), textcoords="offset points", xytext=(6, -10))
+ax.set(xlabel="milliseconds per step (latency)", ylabel="tokens per second (throughput)")
+ax.set(xscale="log", yscale="log")
+plt.tight_layout()
+plt.show()
+print(
+    f"batch 64: {rates[-1] / rates[0]:.0f} times the tokens, {waits[-1] / waits[0]:.0f} times the wait"
+)
+
+# %% [markdown]
+# The labels are batch sizes. We were too hopeful: thirteen times the tokens for five times the wait. The first step to the right, from one row to two, is the worst bargain of all. Chapter 13 looks at it with a roofline and finds the product of a few rows with a matrix to be this back end's weak spot.
+#
+# **How fast could it be?** A decode step at batch 1 reads each weight once. The machine's read bandwidth over the bytes of the weights is a limit that no code can pass, and a better yardstick than any peer. It was measured in the same run, by one large matrix–vector product.
+
+# %%
+read = median("read", task="limits")
+print(
+    f"{read / 1e9:.0f} GB/s over {stored['bytes'] / 1e6:.0f} MB: {read / stored['bytes']:.0f} tokens/s"
+)
+print(f"{'':14}tokens/s   of the limit   prefill of 512, tokens/s")
+for name in stored["gigabytes"]:
+    one = median(contender=name, task="decode", batch=1)
+    long = stored["long"] / median(contender=name, task="prefill")
+    print(f"{name:14}{1 / one:8.1f} {stored['bytes'] / one / read:14.0%} {long:26.0f}")
+print("all matrices of the model times one vector, by how they are stored:")
+layouts = next(row["rates"] for row in stored["rows"] if row["task"] == "layouts")
+for name, rate in layouts.items():
+    print(f"{name:36} {rate / 1e9:.0f} GB/s")
+
+# %% [markdown]
+# In decoding we are ahead of PyTorch and behind llama.cpp; in prefill we are level with PyTorch or a little better. What is missing to the limit? The last lines say it: all matrices of the model times one vector, and nothing else, already run at 17 to 21 of the 31 GB/s, however they are stored (*fused*: queries, keys and values joined into one matrix, gate and up into another). One large matrix reaches 31; two hundred small ones, each with its own start and stop of two threads, do not. Fusing makes fewer and larger ones; we tried it in the whole model, and a step became a tenth faster at batch 1 and slower at batch 8, so the plain code stays.
+# Two things that matter more are already in it. The layers are a Python loop, not a `scan`, which would copy each layer's weights at every step. And the weights are fp32: this back end emulates bf16 products, so half the bytes would take longer.
 
 # %% [markdown]
 # ## Break it: a length that counts the padding

@@ -15,7 +15,7 @@
 # %% [markdown]
 # # 15 · Evaluation
 #
-# > Scores that can be believed: bits per byte, multiple choice, exact match and pass@k, each with its 95 % interval, and the difference that a test can see.
+# > Scores that can be believed: bits per byte, multiple choice, exact match and pass@k, the 95 % interval of a score, and the difference that a test can see.
 #
 # *Reading time 45 min · runs in about 45 s · difficulty ●●○ · needs 00, 01, 11, 14*
 #
@@ -302,7 +302,7 @@ assert 0.77 < found[0] < 0.87 and found[1] < 0.07
 #
 # ## 3 · Bits per byte, done right
 #
-# For a language model as such, before any task, the measure is the cross-entropy: how much probability it gives to what stands there. It comes in four units, and confusing them is the commonest error in the field:
+# For a language model as such, before any task, the measure is the cross-entropy: how much probability it gives to what stands there. It comes in four units, and they are easily confused:
 #
 # | unit | what it is |
 # |---|---|
@@ -343,7 +343,7 @@ for name in ("gzip", "xz"):
 
 # %% [markdown]
 # By perplexity the counter would be far ahead of the Llama. In bits per byte it is behind. (Over the whole plays they have 2.18 and 1.91; the beginning of a play is harder, since its names are new.) SmolLM2 wins, as predicted, by 0.4 bits a byte. For 34 times as many weights, and a web that most likely holds these plays, that is less than we had expected.
-# Both compressors are worse: a model that predicts is a compressor (arithmetic coding), so a trained language model that loses against gzip has a bug in it, or its evaluation has. There is no cheaper test.
+# Both compressors are worse: a model that predicts is a compressor (arithmetic coding), so if a trained language model loses against gzip on text of the kind that it was trained on, suspect a bug in it or in its evaluation. There is hardly a cheaper test.
 
 # %%
 #| claim S060
@@ -367,7 +367,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# **Context and stride.** A model of 256 tokens must read a play in windows. Chapter 11 let the windows overlap: each moves on by `stride`, and only its last `stride` tokens count. With a stride of the whole context, the first token of a window is predicted from nothing.
+# **Context and stride.** A model of 256 tokens must read a play in windows. Chapter 11 let the windows overlap: each moves on by `stride`, and only its last `stride` tokens count. With a stride of the whole context, the first token of a window is predicted from nothing. (Below, to save time, on the excerpt of the first play only, which is easier than the mean of both.)
 # **Predict** what this costs the mini Llama, with windows of 32 and of 256 tokens, and what the short context costs when the stride is careful. Ours: 0.2 bits at 32, an eighth of it at 256, and 0.2 for the short context.
 
 # %%
@@ -381,7 +381,7 @@ for context, stride in ((32, 16), (256, 128)):
     print(f"context {context}: the careless stride costs {careless:.2f} bits per byte")
 
 # %% [markdown]
-# The careless stride costs 0.05 bits with windows of 32 tokens, and 0.01 with windows of 256: only the first tokens of a window suffer, and with long windows there are few of them. The surprise is the other comparison. With a careful stride, a context of 32 tokens (some 100 bytes) is nearly as good as one of 256. Our predictions were several times too large, the last one more than ten times:
+# The careless stride costs 0.05 bits with windows of 32 tokens, and 0.01 with windows of 256: only the first tokens of a window suffer, and with long windows there are few of them. The surprise is the other comparison. With a careful stride, a context of 32 tokens (some 100 bytes) is nearly as good as one of 256. Our predictions were several times too large, the last one about ten times:
 # this model makes hardly any use of what stands more than a few lines back. It is a small number in the loss, and a fact about the model that will matter in section 8, where it is asked who speaks.
 #
 # So a number in bits per byte is complete with four facts: the text, the context, the stride, and how a document begins.
@@ -507,7 +507,7 @@ def choice_log_probs(
 
 
 # %% [markdown]
-# The same call says whether greedy decoding would write the choice: it does so exactly if each of its tokens is the likeliest one after those before. Section 6 uses that. Around it: padding to one shape for all items, batches, and a record of the scores.
+# The same call says whether greedy decoding would write the choice: it does so, in these tokens, exactly if each of them is the likeliest one after those before. Section 6 uses that. Around it: padding to one shape for all items, batches, and a record of the scores.
 
 
 # %%
@@ -573,7 +573,7 @@ class Scores:
         return rules[rule]()
 
     def correct(self, rule: str = "byte") -> Bool[np.ndarray, " N"]:
-        """Whether the best choice by a rule is the right one, for every item."""
+        """Whether the best choice by a rule (of equals, the first) is the right one, for every item."""
         return self.by(rule).argmax(1) == self.answers
 
 
@@ -831,6 +831,8 @@ def stored_scores(model: str, task: str, template: str) -> Scores:
 
 
 smollm, smollm_tokenizer = formats.load(formats.smollm2_path())
+n_tokens = sum(len(smollm_tokenizer.encode(text)) for text in texts)
+assert n_tokens == STORED["bits_per_byte"]["SmolLM2"]["tokens"], "another excerpt"
 smollm_tokenizer.bos_id = smollm_tokenizer.special["<|im_start|>"]
 for task in TASKS:
     live = naive_log_probs(smollm, smollm_tokenizer, items[task, "play"][0], 136)
@@ -924,7 +926,7 @@ for prediction, answer in (
 assert exact_match("42", ["forty-two", "42."])
 
 # %% [markdown]
-# Normalising has its own errors: "The The" becomes nothing, and so equals any answer that does. Now the trick of section 4: under greedy decoding the model writes the answer exactly if each token of it is the likeliest. So `greedy` holds the exact-match score, and no token has to be generated. We check it on the first flagged question by really decoding.
+# Normalising has its own errors: "The The" becomes nothing, and so equals any answer that does. Now the trick of section 4: under greedy decoding the model writes the answer, in its usual tokens, exactly if each of them is the likeliest. So `greedy` holds the strict exact-match score, and no token has to be generated. (The same text cut into other tokens would be missed: it is a lower bound.) We check it on the first flagged question by really decoding.
 
 # %%
 row, questions = scores["mini Llama", "speaker", "play"], items["speaker", "play"]
@@ -946,7 +948,7 @@ for model in MODELS[1:]:
 #
 # A program is right if it passes its tests, and a model may try more than once. *pass@k* is the probability that at least one of $k$ tries passes; the paper (§5.2.3) reports pass@1. If a model solves a problem with probability $p$, pass@k is $1-(1-p)^k$. We don't know $p$. We draw $n \ge k$ programs, and $c$ of them pass. It is tempting to put $\hat p = c/n$ for $p$.
 #
-# **Predict:** is this naive estimate too high, too low, or right on average? Ours: too low. The curve $1-(1-p)^k$ bends downwards, and by Jensen's inequality the mean of such a curve lies below the curve at the mean.
+# **Predict:** is this naive estimate too high, too low, or right on average? Ours: too low, at k = 10 of 20 by more than a point. The curve $1-(1-p)^k$ bends downwards, and by Jensen's inequality the mean of such a curve lies below the curve at the mean.
 #
 # The unbiased way (Chen et al. 2021) asks which share of all subsets of $k$ of the $n$ programs has a pass in it:
 #
@@ -1026,7 +1028,7 @@ for k in (1, 10, 20):
     )
 
 # %% [markdown]
-# The plot: the black line is the truth, the dots are the unbiased estimate with the standard deviation of one evaluation of 100 problems, the squares are the naive one. At $k = 1$ the two are the same number. The naive one then falls behind.
+# The plot: the black line is the truth, the dots are the unbiased estimate with its standard deviation over 200 evaluations of the same 100 problems (other problems would add more, see exercise 3), the squares are the naive one. At $k = 1$ the two are the same number. The naive one then falls behind.
 # The bars grow with $k$: pass@20 from 20 tries is just "was there any pass", one bit per problem.
 
 # %%
@@ -1041,8 +1043,8 @@ assert stricter.low > 0
 ledger.claim(
     "L102",
     section="5.2.3",
-    claim="pass@k from n tries is unbiased as 1 − C(n−c,k)/C(n,k) (asserted exactly); the naive 1 − (1 − c/n)^k "
-    "is too low (k = 10, n = 20, 100 problems of a toy language, 200 evaluations; truth − naive)",
+    claim="stricter tests lower pass@1 (asserted); pass@k from n tries is unbiased as 1 − C(n−c,k)/C(n,k) (asserted exactly); the naive 1 − (1 − c/n)^k "
+    "is too low (k = 10, n = 20, the same 100 problems of a toy language in 200 evaluations; truth − naive)",
     predicted=ledger.at_least(1, "points"),
     measured=interval(100 * (true[9] - plugged[9]), "points", digits=1),
     verdict="reproduced",
@@ -1097,7 +1099,7 @@ for task in TASKS:
             )
 
 # %% [markdown]
-# The rule wins against the mini Llama by 21.5 points, and so does the mere count of names. Our prediction was wrong for one of the two models. Only SmolLM2 does better than the rule. Whoever had printed "34.5 %, well above chance" without this line would have been right, and would have misled everybody. On the lines, to share words with the prompt is worth 35.5 %, about what the 6-gram reaches. Why does the rule for names do so well?
+# The rule wins against the mini Llama by 21.5 points, and so does the mere count of names. Our prediction was wrong for one of the two models. Only SmolLM2 does better than the rule. Whoever had printed "34.5 %, well above chance" without this line would have been right, and would have misled everybody. On the lines the best constant position has 31.5 %, and its interval excludes chance: that is what choosing after the fact does to an interval. To share words with the prompt is worth 35.5 %, about what the 6-gram reaches. (One row is no score. Asked in English, the 6-gram sees no more than "Answer:", with the play or without it. Against the prior all its lines tie at zero, a tie goes to the first choice, and 21.5 % is how often that one is right.) Why does the rule for names do so well?
 
 # %%
 seen = [
@@ -1155,40 +1157,42 @@ for task in TASKS:
         )
 
 # %% [markdown]
-# Now the question of the beginning has its answer. On the names the mini Llama leads the 6-gram by 5.5 points, and the interval reaches down to zero: not to be believed yet, at $N=200$. On the lines its lead is 13.5 points, and the interval is clear of zero. That SmolLM2 beats the one-line rule is also believable, just. But that a model of 135 million parameters is better than ours of four million at finding the next line, by 8.5
+# Now the question of the beginning has its answer. On the names the mini Llama leads the 6-gram by 5.5 points, and the interval reaches down to zero: not to be believed yet, at $N=200$. On the lines its lead is 13.5 points, and the interval is clear of zero. That SmolLM2 beats the one-line rule is also believable, just: the questions come from a few scenes and are not quite independent, so all these intervals are somewhat too narrow (exercise 2). But that a model of 135 million parameters is better than ours of four million at finding the next line, by 8.5
 # points, is *not* shown by these 200 questions, whatever one believes about it. (The 6-gram and the mini Llama have read only other plays. SmolLM2 was trained on the web, where these two stand. Its numbers are most likely no held-out numbers.)
 #
 # The bootstrap of chapter 06 gives the same ends to a point. The last column explains the failures: with two models that disagree on nearly half of the items, 200 of them can only find differences of 13 points. A small $d$ is a gift: the mini Llama and the 6-gram agree often on the names, which is why 5.5 points nearly suffice there.
 #
 # ### The luck that the interval does not know
 #
-# The interval knows the luck of the items. Two others we can measure. The *template*: the last figure has both, on the same 200 questions. And the *seed*: what would the score be, had the model been trained on other text of the same kind? The 6-gram is quick to train, so we fit five of them, each on a random half of the training plays.
+# The interval knows the luck of the items. Two others we can measure. The *template*: the last figure has both, on the same 200 questions. And the *training text* ("seed" in the code): what would the score be, had the model been trained on other text of the same kind? The 6-gram is quick to train, so we fit five of them, each on a random half of the training plays.
 #
 # **Predict** the standard deviation over seeds, compared with that over items, which is 3.3 points. Ours: half as much.
 
 # %%
 corpus = [play.text.encode() for play in plays("train")]
-by_seed = []
+by_seed, hits_by_seed = [], []
 for seed in range(5):
     half = random.Random(seed).sample(corpus, len(corpus) // 2)
     found = ngram_choice(NGram(6).fit(half), items["line", "play"])
-    by_seed.append(100 * found.correct("prior").mean())
+    hits_by_seed.append(found.correct("prior"))
+    by_seed.append(100 * hits_by_seed[-1].mean())
 over_seeds = np.std(by_seed, ddof=1)
 share = np.mean(by_seed) / 100
 over_items = 100 * math.sqrt(share * (1 - share) / 200)
 print("five seeds:", [round(float(x), 1) for x in by_seed])
 print(f"standard deviation: seeds {over_seeds:.1f}, items {over_items:.1f} points")
-print(f"both: {math.hypot(over_seeds, over_items):.1f}; with 20,000 items: ", end="")
-print(f"{math.hypot(over_seeds, over_items / 10):.1f}")
-for task, model in itertools.product(TASKS, MODELS):
+d = np.mean([np.mean(a != b) for a, b in itertools.combinations(hits_by_seed, 2)])
+print(f"they disagree on {100 * d:.0f} % of the items: ", end="")
+print(f"if all were equally good, they would still spread by {100 * math.sqrt(d / 2 / 200):.1f}")
+for task, model in itertools.product(TASKS, MODELS[1:]):  # the 6-gram sees only "Answer:"
     one, two = (right[model, task, template] for template in TEMPLATES)
     change = interval(100.0 * one - 100.0 * two, "points", digits=1)
     print(f"{task:8}{model:11} play − question:", change)
 
 # %% [markdown]
-# The seed moves the counting model by about half as much as the items do, as predicted (a rough number, from five values). The two add as squares. And there is a difference in kind: more items shrink the one, and never the other. With 20,000 items the formula would print less than ±1 point, while the seeds would still stand for a deviation of 1.9.
+# Other training text moves the counting model by about half as much as the items do, as predicted (a rough number, from five values). But the two are not yet apart: models that are equally good, but right on different items, spread too on 200 items, by √(d/2N), the last number of the cell. This part shrinks with more items. What is beyond it is a true difference between the trainings: no number of items makes it smaller, and no interval over items shows it. Here nothing is left beyond it: half of the plays or the other half, the counting model is the same.
 #
-# The template is luck of a third kind, and the largest here. To be asked in English costs the mini Llama 16.5 points on the names and takes it from above chance to *below* it; no play has questions of this form. SmolLM2 has been taught to answer questions, and loses nothing on the names that 200 items can show, but 18 points on the lines. As a question the lines even have the other winner, 42 against 38.5 %.
+# The template is luck of a third kind, and the largest here. To be asked in English costs the mini Llama 16.5 points on the names and takes it from above chance to *below* it; no play has questions of this form. SmolLM2 has been taught to answer questions (in a chat format, which we do not use), and loses nothing on the names that 200 items can show, but 18 points on the lines. As a question the lines even put the mini Llama in front, 42 against 38.5 %, though 200 items cannot show a difference of 3.5 points.
 # Whoever had asked in one way only would have known none of this.
 #
 # ## Break it

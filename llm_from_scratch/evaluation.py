@@ -1,4 +1,4 @@
-"""Scores that can be believed: bits per byte, multiple choice, exact match and pass@k, each with its 95 % interval, and the difference that a test can see.
+"""Scores that can be believed: bits per byte, multiple choice, exact match and pass@k, the 95 % interval of a score, and the difference that a test can see.
 
 Written from chapters/15_evaluation.py by `make export`: edit there.
 """
@@ -212,7 +212,7 @@ class Scores:
         return rules[rule]()
 
     def correct(self, rule: str = "byte") -> Bool[np.ndarray, " N"]:
-        """Whether the best choice by a rule is the right one, for every item."""
+        """Whether the best choice by a rule (of equals, the first) is the right one, for every item."""
         return self.by(rule).argmax(1) == self.answers
 
 

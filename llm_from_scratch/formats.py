@@ -151,16 +151,28 @@ def damaged(path: Path) -> Iterator[None]:
     except odd as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     except ValueError as error:
-        if str(path) in str(error):
+        if str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message; of anything nested only its kind, since printing a nest can hang."""
+    return str(value)[:40] if isinstance(value, str | int | float) else type(value).__name__
 
 
 def natural(value: object, what: str, least: int = 0) -> int:
     """`value`, if it is an integer of at least `least`. Raises ValueError naming `what`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} should be an integer of at least {least}, not {str(value)[:40]}")
+        raise ValueError(f"{what} should be an integer of at least {least}, not {shown(value)}")
     return value
+
+
+def real(value: object, what: str) -> float:
+    """`value` as a float. Raises ValueError naming `what` unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} should be a finite number, not {shown(value)}")
+    return float(value)
 
 
 Tensors = dict[str, Stored]
@@ -174,7 +186,7 @@ def safetensors_header(path: Path) -> Tensors:
     size = path.stat().st_size
     with damaged(path), open(path, "rb") as file:
         start = 8 + struct.unpack("<Q", file.read(8))[0]
-        if start > size:
+        if start > min(size, 8 + 100_000_000):  # the library's own limit
             raise ValueError(f"a header of {start:,} bytes in a file of {size:,}")
         header = json.loads(file.read(start - 8))
         header.pop("__metadata__", None)
@@ -369,7 +381,8 @@ def gguf_config(metadata: Mapping[str, object], tensors: Tensors) -> LlamaConfig
     head_dim = field("rope.dimension_count", natural(dim, "dim", 1) // natural(n_heads, "heads", 1))
     if field("attention.key_length", head_dim) != head_dim:
         raise ValueError("only a part of each head rotates")
-    theta = float(field("rope.freq_base", 10_000.0))
+    theta = real(field("rope.freq_base", 10_000.0), "llama.rope.freq_base")
+    eps = real(field("attention.layer_norm_rms_epsilon"), "attention.layer_norm_rms_epsilon")
     scaling = None
     if "rope_freqs.weight" in tensors:
         stored = tensors["rope_freqs.weight"]
@@ -389,9 +402,7 @@ def gguf_config(metadata: Mapping[str, object], tensors: Tensors) -> LlamaConfig
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(
-            str(np.float32(field("attention.layer_norm_rms_epsilon")))
-        ),  # 1e-5, not 9.99…e-6
+        norm_eps=float(str(np.float32(eps))),  # 1e-5, not 9.99…e-6
         tie_embeddings="output.weight" not in tensors,
         max_seq_len=field("context_length"),
     )
@@ -418,6 +429,16 @@ class Checkpoint:
     tokenizer: Tokenizer
 
 
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Itself. Raises ValueError if the tokenizer has more ids than the embedding has rows."""
+    ids, rows = checkpoint.tokenizer.vocab_size, checkpoint.config.vocab_size
+    if ids > rows:
+        raise ValueError(
+            f"{checkpoint.path}: the tokenizer has {ids} ids, the embedding {rows} rows"
+        )
+    return checkpoint
+
+
 IGNORED = re.compile(r"rope\.freqs|rope_freqs\.weight|.*\.rotary_emb\.inv_freq")
 
 
@@ -436,7 +457,7 @@ def matched(
             continue
         found = tuple(tensors[theirs] for tensors in files)
         whole, each = shapes[ours], found[0].shape
-        if each == whole:
+        if all(part.shape == whole for part in found):
             found = found[:1]
         elif any(part.shape != each for part in found) or not any(
             axes == whole
@@ -445,8 +466,12 @@ def matched(
                 for axis in range(len(each))
             )
         ):
+            has = " and ".join(dict.fromkeys(str(part.shape) for part in found))
             of = f" in each of {len(files)} shards" if len(files) > 1 else ""
-            faults.append(f"{theirs} has the shape {each}{of}, the configuration asks for {whole}")
+            file = found[0].file.name
+            faults.append(
+                f"{theirs} has the shape {has}{of}, the configuration asks for {whole} (in {file})"
+            )
         parts[ours] = found
     known = set(names.values()) | ({"lm_head.weight"} if config.tie_embeddings else set())
     extra = {name for tensors in files for name in tensors if not IGNORED.fullmatch(name)} - known
@@ -485,7 +510,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, dtype: jnp.dtype) -> jax.Arra
             else:
                 width = part.shape[1]
                 out[rows, i * width : (i + 1) * width] = part.rows(low, high)
-    return jnp.asarray(out)
+    return jax.device_put(out)  # takes the memory over, where jnp.asarray would copy it
 
 
 def read_model(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Llama:
@@ -595,12 +620,12 @@ def gguf_tokenizer(metadata: Mapping[str, object]) -> ImportedTokenizer:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Check a GGUF file: header, architecture, names, shapes, tokenizer; no tensor is read."""
+    """Check a GGUF file: header, architecture, names, shapes, tokenizer; of tensors only rotary factors are read."""
     metadata, tensors = gguf_header(path)
     with damaged(path):
         config = gguf_config(metadata, tensors)
         parts = matched(path, "gguf", config, [tensors])
-        return Checkpoint(path, "gguf", config, parts, gguf_tokenizer(metadata))
+        return checked(Checkpoint(path, "gguf", config, parts, gguf_tokenizer(metadata)))
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -612,12 +637,12 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
     frame, or for a message without role and content.
     """
     special = tokenizer.special
-    if "<|im_start|>" in special:
+    if special.keys() >= {"<|im_start|>", "<|im_end|>"}:
         opening, head, tail = "<|im_start|>", "\n", [special["<|im_end|>"], *tokenizer.encode("\n")]
         ids = []
-    elif "<|start_header_id|>" in special:
+    elif special.keys() >= {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}:
         opening, head, tail = "<|start_header_id|>", "\n\n", [special["<|eot_id|>"]]
-        ids = [tokenizer.bos_id]
+        ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     else:
         raise ValueError(
             "the tokenizer has the special tokens of neither ChatML nor Llama 3's chat"
@@ -631,6 +656,8 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
         if {*message} != {"role", "content"}:
             raise ValueError(f"a message has the keys role and content, not {', '.join(message)}")
         role, content = message["role"], message["content"]
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError("role and content of a message must be strings")
         ids.append(special[opening])
         if opening == "<|im_start|>":
             ids += tokenizer.encode(role + head + content)
@@ -639,13 +666,6 @@ def chat_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> lis
             ids += tokenizer.encode(head + content.strip())
         ids += tail
     return ids[: -len(tail)]
-
-
-def real(value: object, what: str) -> float:
-    """`value` as a float. Raises ValueError naming `what` unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{what} should be a finite number, not {str(value)[:40]}")
-    return float(value)
 
 
 def hf_rope(fields: Mapping[str, object]) -> tuple[float, RopeScaling | None]:
@@ -697,19 +717,24 @@ def hf_pattern(pre_tokenizer: Mapping[str, object]) -> str:
     kinds = [step["type"] for step in steps]
     own = [step.get("use_regex", True) for step in steps if step["type"] == "ByteLevel"]
     spaced = any(step.get("add_prefix_space") for step in steps)
-    if kinds == ["ByteLevel"] and own == [True] and not spaced:
+    if spaced:
+        raise ValueError("a pre-tokenizer that adds a space before the text is not read here")
+    if kinds == ["ByteLevel"] and own == [True]:
         return GPT2_PATTERN
     if kinds == ["Digits", "ByteLevel"] and own == [True] and steps[0]["individual_digits"]:
         return SMOLLM_PATTERN
     if kinds == ["Split", "ByteLevel"] and own == [False] and not steps[0].get("invert"):
-        return str(steps[0]["pattern"]["Regex"])
+        pattern = steps[0]["pattern"].get("Regex")
+        if steps[0].get("behavior") == "Isolated" and pattern in PATTERNS.values():
+            return pattern
     raise ValueError(f"a pre-tokenizer of {' and '.join(kinds)} in a form that is not read here")
 
 
 def hf_chat_template(folder: Path) -> str:
     """The chat template of a Hugging Face folder, in whichever file it lies; "" if there is none."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
+        with damaged(path):
+            return path.read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None
     return template if isinstance(template, str) else ""
@@ -725,6 +750,9 @@ def hf_tokenizer(folder: Path, fields: Mapping[str, object]) -> ImportedTokenize
         found = read_json(path)
         if found["model"]["type"] != "BPE" or found.get("normalizer"):
             raise ValueError("read here is a tokenizer of type BPE without a normalizer")
+        odd = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+        if any(found["model"].get(name) for name in odd):
+            raise ValueError("a BPE with byte fallback, a prefix or a suffix is not read here")
         special = {t["content"]: natural(t["id"], "an id") for t in found["added_tokens"]}
         ids = {**found["model"]["vocab"], **special}
         owner = {natural(id, "an id"): token for token, id in ids.items()}
@@ -735,13 +763,16 @@ def hf_tokenizer(folder: Path, fields: Mapping[str, object]) -> ImportedTokenize
         check_merges(merges, ids)
         ends = fields.get("eos_token_id")
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        names = [tokens[natural(end, "eos_token_id")] for end in ends]
         bos = fields.get("bos_token_id")
+        for name, id in [("eos", end) for end in ends] + [("bos", 0 if bos is None else bos)]:
+            if natural(id, f"{name}_token_id") >= len(tokens):
+                raise ValueError(f"{name}_token_id is {id}, but there are {len(tokens)} tokens")
+        names = [tokens[end] for end in ends]
         return ImportedTokenizer(
             tokens,
             special,
             hf_pattern(found["pre_tokenizer"]),
-            bos="" if bos is None else tokens[natural(bos, "bos_token_id")],
+            bos="" if bos is None else tokens[bos],
             eos=names[0] if names else "",
             stop=names,
             chat_template=hf_chat_template(folder),
@@ -771,16 +802,6 @@ def check_layers(path: Path, config: LlamaConfig, n_tensors: int) -> None:
     """Raise ValueError if a file has fewer tensors than the configuration has layers."""
     if config.n_layers > n_tensors:
         raise ValueError(f"{path}: {config.n_layers:,} layers, but there are {n_tensors:,} tensors")
-
-
-def checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Itself. Raises ValueError if the tokenizer has more ids than the embedding has rows."""
-    ids, rows = checkpoint.tokenizer.vocab_size, checkpoint.config.vocab_size
-    if ids > rows:
-        raise ValueError(
-            f"{checkpoint.path}: the tokenizer has {ids} ids, the embedding {rows} rows"
-        )
-    return checkpoint
 
 
 def open_hugging_face(folder: Path) -> Checkpoint:
@@ -869,16 +890,19 @@ class PickleMachine:
                 stack[-int(opcode[-1]) :] = [tuple(stack[-int(opcode[-1]) :])]
             case "SETITEM" | "SETITEMS":
                 found = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self.since_mark()
+                if not all(isinstance(key, str) for key in found[::2]):  # hashing a nest can crash
+                    raise ValueError("its pickle has a dict with a key that is no string")
                 stack[-1].update(zip(found[::2], found[1::2], strict=True))
             case "BUILD":
                 stack.pop()  # an attribute of the dict, _metadata, which no tensor needs
             case "BINPERSID":
                 stack.append(("storage", *stack.pop()))
-            case "REDUCE" if stack[-2] in (REBUILD, ORDERED):
+            case "REDUCE" if isinstance(stack[-2], Name) and stack[-2] in (REBUILD, ORDERED):
                 arguments, function = stack.pop(), stack.pop()
                 stack.append({} if function == ORDERED else ("tensor", *arguments))
             case _:
-                raise ValueError(f"its pickle wants {opcode} {str(argument)[:60]!r}: refused")
+                shown = argument if isinstance(argument, str) else type(argument).__name__
+                raise ValueError(f"its pickle wants {opcode} {shown[:60]!r}: refused")
 
 
 def pth_header(path: Path) -> Tensors:
@@ -898,10 +922,14 @@ def pth_header(path: Path) -> Tensors:
         tensors, places = {}, {}
         for name, value in PickleMachine().run(program).items():
             tag, storage, skip, shape, stride, *_ = value
-            marker, kind, key, _, _ = storage[1:]
-            if (tag, storage[0], marker) != ("tensor", "storage", "storage"):
+            head, marker, kind, key, _, _ = storage
+            texts = (tag, head, marker, key)
+            if not all(isinstance(text, str) for text in texts) or not isinstance(kind, Name):
+                raise ValueError(f"{name} is no tensor")
+            if texts[:3] != ("tensor", "storage", "storage"):
                 raise ValueError(f"{name} is no tensor")
             shape = tuple(natural(n, f"the shape of {name}") for n in shape)
+            stride = tuple(natural(n, f"a stride of {name}") for n in stride)
             rows = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
             if rows != stride:
                 raise ValueError(f"{name} of shape {shape} has the strides {stride}, not {rows}")
@@ -1166,6 +1194,26 @@ def cut_into_shards(
     return shards
 
 
+def hf_tokenizer_options(config: LlamaConfig, tokenizer: Tokenizer) -> dict[str, object]:
+    """The fields of a tokenizer_config.json: the class, the ends of a text, the chat template."""
+    named = {id: name for name, id in tokenizer.special.items()}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": named.get(tokenizer.bos_id),
+        "eos_token": named.get(tokenizer.eos_id),
+        "chat_template": getattr(tokenizer, "chat_template", "") or None,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_seq_len,
+    }
+
+
+def remove_model(folder: Path) -> None:
+    """Remove what `load` would take for a model from a folder; anything else stays."""
+    stale = ("config.json", "model.safetensors.index.json", "chat_template.jinja")
+    for old in [*(folder / name for name in stale), *folder.glob("model*.safetensors")]:
+        old.unlink(missing_ok=True)
+
+
 def save_hugging_face(
     directory: str | Path,
     model: Llama,
@@ -1177,9 +1225,16 @@ def save_hugging_face(
     """Write a folder that transformers loads: config, generation config, safetensors, tokenizer.
 
     Weights are written as `dtype` (the model's own by default), in several files with an index where
-    they take more than `shard_bytes`, one tensor at a time.
+    they take more than `shard_bytes`, one tensor at a time. A model that the folder held is replaced.
+    Raises ValueError for another dtype, or a tokenizer with more ids than the model has rows.
     """
     directory, dtype = Path(directory), jnp.dtype(dtype or model.embedding.dtype)
+    if dtype not in PLAIN.values():
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        ids, rows = tokenizer.vocab_size, model.config.vocab_size
+        raise ValueError(f"the tokenizer has {ids} ids, the model {rows} rows")
+    remove_model(directory)
     arrays, names = named_arrays(model), tensor_names(model.config, "hugging face")
     theirs = {names[ours]: arrays[ours] for ours in names}
     shards = cut_into_shards(theirs, dtype.itemsize, shard_bytes)
@@ -1189,23 +1244,16 @@ def save_hugging_face(
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(array.size for array in arrays.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(directory / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         write_safetensors(directory / file, shard, dtype)
+    if n > 1:
+        write_json(directory / "model.safetensors.index.json", index)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.stop_ids)}
-    write_json(directory / "config.json", hf_config_fields(model.config, dtype) | ends)
     write_json(directory / "generation_config.json", ends)
     write_json(directory / "tokenizer.json", hf_tokenizer_fields(tokenizer))
-    named = {id: name for name, id in tokenizer.special.items()}
-    options = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": named.get(tokenizer.bos_id),
-        "eos_token": named.get(tokenizer.eos_id),
-        "chat_template": getattr(tokenizer, "chat_template", "") or None,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": model.config.max_seq_len,
-    }
-    write_json(directory / "tokenizer_config.json", options)
+    write_json(directory / "tokenizer_config.json", hf_tokenizer_options(model.config, tokenizer))
+    # last, so that an interrupted save is no model at all
+    write_json(directory / "config.json", hf_config_fields(model.config, dtype) | ends)
 
 
 def gguf_metadata(
@@ -1317,9 +1365,9 @@ def found_model(name: str) -> Path:
 
 
 def source_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that holds a checkpoint's matrices without loss: its own, or float32 for blocks."""
-    kind = checkpoint.parts["blocks.0.attention.w_out"][0].kind
-    return PLAIN[kind].name if kind in ("F16", "BF16") else "float32"
+    """The dtype to convert a checkpoint in: its own if all its tensors are F16, or all BF16, else float32."""
+    kinds = {part.kind for parts in checkpoint.parts.values() for part in parts}
+    return PLAIN[kinds.pop()].name if kinds in ({"F16"}, {"BF16"}) else "float32"
 
 
 def convert(source: str, target: Path, number_format: str | None) -> None:
@@ -1328,7 +1376,9 @@ def convert(source: str, target: Path, number_format: str | None) -> None:
     to_gguf = target.suffix == ".gguf"
     number_format = number_format or source_dtype(checkpoint)
     if to_gguf:
-        kinds = {"float32": "F32", "bfloat16": "F32", "float16": "F16", "q8_0": "Q8_0"}
+        if number_format == "bfloat16":
+            number_format = "float32"  # no bfloat16 is written here, and float32 holds it exactly
+        kinds = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
         model = read_model(checkpoint, source_dtype(checkpoint))
         save_gguf(target, model, checkpoint.tokenizer, kinds[number_format])
     elif number_format == "q8_0":
@@ -1414,5 +1464,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             convert(chosen.model, chosen.target, chosen.dtype)
         else:
             {"generate": speak, "chat": speak, "cost": cost}[chosen.command](chosen)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, KeyError) as error:
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+    except (OSError, ModuleNotFoundError, ValueError, KeyError) as error:
         parser.exit(1, f"{error.args[0] if isinstance(error, KeyError) else error}\n")

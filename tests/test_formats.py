@@ -597,7 +597,7 @@ HF_FAULTS = {
     ),
     "nothing but zeros": (
         lambda d: (d / "model.safetensors").write_bytes(bytes(100)),
-        r"model\.safetensors is damaged",
+        r"model\.safetensors (is damaged|can't be read)",
     ),
     "integers": (
         lambda d: header_of(d / "model.safetensors", lambda h: h[Q].update(dtype="I32")),
@@ -662,7 +662,7 @@ META_FAULTS = {
             (d / "consolidated.01.pth").read_bytes()[:30_000]
         ),
         ValueError,
-        r"consolidated\.01\.pth is damaged",
+        r"consolidated\.01\.pth (is damaged|can't be read)",
     ),
     "no parameters": (
         lambda d: (d / "params.json").unlink(),
@@ -720,7 +720,7 @@ GGUF_FAULTS = {
     "big-endian version": (lambda b: b[:4] + b"\0\0\0\3" + b[8:], "GGUF version 50331648"),
     "too many tensors": (lambda b: b[:8] + b"\xff" * 8 + b[16:], "more than the file holds"),
     "cut off": (lambda b: b[:-2_000], r"should lie at bytes .* cut off or damaged"),
-    "cut off in the header": (lambda b: b[:500], "is damaged"),
+    "cut off in the header": (lambda b: b[:500], "(is damaged|can't be read)"),
     "empty": (lambda b: b"", "only 0 bytes"),
     "another architecture": (lambda b: b.replace(b"llama", b"qwen2", 2), "'qwen2'"),
     "another tokenizer": (lambda b: b.replace(b"llama-bpe", b"falcon-hi", 1), "'falcon-hi'"),
@@ -752,7 +752,7 @@ def test_what_is_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json and no consolidated"):
         load(tmp_path)
     (tmp_path / "a.txt").write_text("To be, or not to be, that is the question")
-    with pytest.raises(ValueError, match=r"a\.txt is damaged: begins with b'To b'"):
+    with pytest.raises(ValueError, match=r"a\.txt (is damaged|can't be read): begins with b'To b'"):
         load(tmp_path / "a.txt")
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -898,3 +898,38 @@ def test_cost(capsys):
     with pytest.raises(SystemExit):
         formats.main(["cost", "smollm2", "--device", "abacus"])
     assert "abacus" in capsys.readouterr().err
+
+
+def pickled(*steps: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(steps) + b"."
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pickled(b"}", b")" + b"\x85" * 300_000, b"N", b"s"),  # a nest as a key
+        pickled(b"}", b")" + b"q\x00h\x00\x86" * 40, b"N", b"s"),  # 2^40 empty tuples as a key
+        pickled(b")" + b"\x85" * 300_000, b")", b"R"),  # a nest that is called
+    ],
+)
+def test_nested_pickles_are_refused_at_once(program):
+    """Hashing or printing such values ends Python or takes forever."""
+    with pytest.raises(ValueError, match="no string|refused"):
+        formats.PickleMachine().run(program)
+
+
+def test_saving_replaces_the_model_that_was_there(tmp_path, tiny):
+    model, tokenizer = tiny, byte_tokenizer()
+    other = jax.tree.map(lambda x: x + 1, model)
+    formats.save_hugging_face(tmp_path, model, tokenizer, shard_bytes=20_000)
+    formats.save_hugging_face(tmp_path, other, tokenizer)
+    assert eqx.tree_equal(formats.load(tmp_path)[0], other)
+    with pytest.raises(ValueError, match="dtype must be float16.*int8"):
+        formats.save_hugging_face(tmp_path, model, tokenizer, dtype=jnp.int8)
+    assert eqx.tree_equal(formats.load(tmp_path)[0], other)
+
+
+def test_tensors_are_not_copied(tmp_path, tiny):
+    """`aligned` gives memory that JAX takes over."""
+    raw = formats.aligned((64, 64), np.dtype(np.float32))
+    assert jax.device_put(raw).unsafe_buffer_pointer() == raw.ctypes.data
