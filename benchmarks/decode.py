@@ -43,7 +43,7 @@ def peak_gigabytes() -> float:
 
 
 class Ours:
-    """This course's `generation.decode`, the loop under `generate` and `stream`."""
+    """This course's `generation.decode`, the loop under `generate` and `stream`, on a fused model."""
 
     batches = BATCHES
 
@@ -51,7 +51,7 @@ class Ours:
         from llm_from_scratch import formats, generation
 
         self.generation = generation
-        self.model, _ = formats.load(formats.smollm2_path())
+        self.model = generation.fuse(formats.load(formats.smollm2_path())[0])
 
     def decode(self, batch: int) -> tuple[float, list[int]]:
         options = {"sampler": self.generation.Sampler(temperature=0), "key": None}

@@ -46,6 +46,7 @@ _PUBLIC = {
     "find_learning_rate": "training",
     "fit": "training",
     "forward_flops": "costs",
+    "fuse": "generation",
     "generate": "generation",
     "load": "formats",
     "load_weights": "training",

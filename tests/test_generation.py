@@ -290,3 +290,17 @@ def test_log_probs_across_blocks():
     wanted = np.take_along_axis(np.asarray(wanted), np.asarray(tokens)[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert jnp.isnan(log_probs(model, tokens.at[0, 5].set(273))[0, 4])
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_fused_is_the_same_model(n_kv_heads):
+    config = LlamaConfig(96, 32, 2, 4, n_kv_heads, 64, 8, max_seq_len=64)
+    model = Llama(config, key=jax.random.key(n_kv_heads))
+    fused = generation.fuse(model)
+    tokens = jnp.arange(48).reshape(2, 24) % 96
+    assert jnp.allclose(eqx.filter_jit(fused)(tokens), eqx.filter_jit(model)(tokens), atol=1e-5)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    greedy = {"max_tokens": 9, "sampler": generation.Sampler(0)}
+    assert generation.generate(fused, prompts, **greedy) == generation.generate(
+        model, prompts, **greedy
+    )
