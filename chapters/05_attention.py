@@ -1021,9 +1021,11 @@ assert abs(dot.mean) < 2
 begun = runs["additive", 0]["loss"][0]
 print(f"first loss, stored {begun:.2f}; the same as in section 4: {abs(begun - value) < 0.01}")
 assert abs(begun - value) < 0.01
-like = jax.tree.map(lambda x: x.astype(jnp.float16) if is_trainable(x) else x, first)
+like = jax.tree.map(
+    lambda x: jnp.asarray(np.asarray(x, np.float16)) if is_trainable(x) else x, first
+)
 net = load_weights(REPOSITORY / "results" / "attention.safetensors", like)
-net = jax.tree.map(lambda x: x.astype(jnp.float32) if is_trainable(x) else x, net)
+net = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)) if is_trainable(x) else x, net)
 
 # %% [markdown]
 # To see its lines we need a search; section 6 explains it. Its greedy form takes the likeliest character at each step. We export it here, for the lines below, and explain it there.
