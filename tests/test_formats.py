@@ -933,3 +933,17 @@ def test_tensors_are_not_copied(tmp_path, tiny):
     """`aligned` gives memory that JAX takes over."""
     raw = formats.aligned((64, 64), np.dtype(np.float32))
     assert jax.device_put(raw).unsafe_buffer_pointer() == raw.ctypes.data
+
+
+@pytest.mark.parametrize("field", ["rope.freq_base", "attention.layer_norm_rms_epsilon"])
+def test_numbers_that_are_none_are_refused(field):
+    """A NaN in a GGUF header is named, not computed with."""
+    whole = {
+        "general.architecture": "llama",
+        "llama.embedding_length": 32,
+        "llama.attention.head_count": 4,
+        "llama.rope.freq_base": 1e4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    with pytest.raises(ValueError, match=f"{field}.*finite"):
+        formats.gguf_config(whole | {f"llama.{field}": float("nan")}, {})
