@@ -974,7 +974,7 @@ for name in layouts[0]:
 
 # %% [markdown]
 # In decoding we are ahead of PyTorch and behind llama.cpp; in prefill we are level with PyTorch or a little better. What is missing to the limit? The last lines say it: all matrices of the model times one vector, and nothing else, already run at 16 to 19 of the 30 GB/s, however they are stored (*fused*: queries, keys and values joined into one matrix, gate and up into another). One large matrix reaches 30; two hundred small ones, each with its own start and stop of two threads, do not. Fusing gains some of it at batch 1 (30 to 27 milliseconds a step when we tried both), and loses a little at batch 8.
-# Two things that matter more are already in it. The layers are a Python loop, not a `scan`, which would copy each layer's weights at every step. And the weights are fp32: this back end emulates bf16 products, so half the bytes would take longer.
+# Two things that matter more are already in it; both come from earlier trials and are not measured here. The layers are a Python loop, not a `scan`, which would copy each layer's weights at every step. And the weights are fp32: this back end emulates bf16 products, so half the bytes would take longer.
 
 # %% [markdown]
 # ## Break it: a length that counts the padding

@@ -1848,6 +1848,8 @@ def save_hugging_face(
 
 
 # %% [markdown]
+# Our exports don't ask for a beginning token, as our `encode` doesn't: whoever uses them elsewhere puts `<|begin_of_text|>` first, as the prompts of `make peers` do.
+#
 # For GGUF the package `gguf` writes the container; which tensor goes where, in which layout and format, is ours to say. Norms stay in fp32, which llama.cpp insists on. The same tokenizer goes into the metadata, with the name under which llama.cpp knows its pattern.
 
 
