@@ -51,6 +51,7 @@ from llm_from_scratch.training import write_durably
 from llm_from_scratch.transformer import LayerNorm
 
 # %%
+import inspect
 import sys
 import tempfile
 
@@ -160,6 +161,8 @@ def numpy_gpt2(
     ids: Sequence[int], w: Mapping[str, np.ndarray], n_heads: int
 ) -> Float[np.ndarray, "T V"]:
     """The logits of what follows each of `ids`, from the arrays of a published GPT-2 by name."""
+    if not 0 < len(ids) <= len(w["wpe.weight"]):
+        raise ValueError(f"{len(ids)} tokens; need 1 to {len(w['wpe.weight'])}")
     x = w["wte.weight"][list(ids)] + w["wpe.weight"][: len(ids)]
     for i in range(sum(name.endswith("ln_1.weight") for name in w)):
         x = block(x, w, f"h.{i}", n_heads)
@@ -167,7 +170,7 @@ def numpy_gpt2(
 
 
 # %% [markdown]
-# That is GPT-2: no class, no framework. To run it we need weights. The real ones are on no package index, so no chapter can count on them. `tests/golden/gpt2_tiny` holds a GPT-2 of transformers with random weights, two layers of width 24 for 101 tokens, in the published format. It also holds the logits that PyTorch computes with it for 17 tokens. **Predict** the largest difference. Ours: both compute in fp32, in another order; logits of a few units, so a few times $10^{-6}$.
+# That is GPT-2: no class, no framework. To run it we need weights. The real ones are on no package index that we know of, so no chapter counts on them. `tests/golden/gpt2_tiny` holds a GPT-2 of transformers with random weights, two layers of width 24 for 101 tokens, in the published format. It also holds the logits that PyTorch computes with it for 17 tokens. **Predict** the largest difference. Ours: both compute in fp32, in another order; logits of a few units, so a few times $10^{-6}$.
 
 # %%
 golden = load_file(GOLDEN / "golden.safetensors")
@@ -177,8 +180,8 @@ for name in list(tiny)[:4]:
     print(f"{name:24} {tiny[name].shape}")
 logits = numpy_gpt2(golden["tokens"], tiny, n_heads=3)
 print("logits", logits.shape, "largest", f"{np.abs(logits).max():.0f}")
-print("those of PyTorch within 2e-5:", bool(np.abs(logits - golden["logits"]).max() < 2e-5))
-assert np.abs(logits - golden["logits"]).max() < 2e-5
+print("those of PyTorch within 5e-6:", bool(np.abs(logits - golden["logits"]).max() < 5e-6))
+assert np.abs(logits - golden["logits"]).max() < 5e-6
 ramp = np.array([-3.0, -1.0, 0.0, 1.0, 3.0])
 print("gelu:", gelu(ramp).round(3).tolist())
 assert np.abs(gelu(ramp) - np.asarray(jax.nn.gelu(ramp))).max() < 1e-6
@@ -246,6 +249,8 @@ def empty_cache(w: Mapping) -> list[list[np.ndarray]]:
 
 def cached_greedy(ids: Sequence[int], w: Mapping, n_heads: int, count: int) -> list[int]:
     """As `greedy`, each token read once."""
+    if not len(ids):
+        raise ValueError("0 tokens; need at least 1")
     cache, written = empty_cache(w), []
     for token in ids:
         logits = step(token, w, n_heads, cache)
@@ -305,10 +310,12 @@ class GPT2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}={value} must be a whole number of at least 1")
+            object.__setattr__(self, name, int(value))
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} does not divide dim={self.dim}")
-        if not 0 < self.norm_eps < 1:
+        if not isinstance(self.norm_eps, float | np.floating) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
+        object.__setattr__(self, "norm_eps", float(self.norm_eps))
 
 
 GPT2_CONFIGS = {
@@ -362,7 +369,7 @@ class GELUFeedForward(eqx.Module):
 
 
 # %% [markdown]
-# `out_scale` is the standard deviation of the two matrices that write into the stream. Its value, $0.02/\sqrt{N}$ with $N = 2L$, is the subject of section 4. All other weights start with standard deviation 0.02, as in transformers; the paper gives no number.
+# `out_scale` is the standard deviation of the two matrices that write into the stream. Its value, $0.02/\sqrt{N}$ with $N = 2L$, is the subject of section 6. All other weights start with standard deviation 0.02, as in transformers; the paper gives no number.
 #
 # Where is the tied head? There is one array, `embedding`, used twice. Two arrays that start equal would drift apart after one step of training.
 
@@ -401,12 +408,12 @@ class Block(eqx.Module):
 class GPT2(eqx.Module):
     """A causal language model with learned positions and a tied head; batch-free: vmap it.
 
-    No dropout. Norms and softmax in fp32. Raises ValueError for more tokens than config.max_seq_len.
+    No dropout. Norms and softmax in fp32. Raises ValueError for no token, or more than max_seq_len.
     Source: Radford et al. 2019, §2.3.
     """
 
     embedding: Float[Array, "V D"]
-    positions: Float[Array, "L D"]
+    positions: Float[Array, "S D"]
     blocks: tuple[Block, ...]
     norm: LayerNorm
     config: GPT2Config = eqx.field(static=True)
@@ -423,8 +430,10 @@ class GPT2(eqx.Module):
 
     def stream(self, tokens: Int[Array, " T"]) -> Iterator[Float[Array, "T D"]]:
         """The stream after the embedding and after each block."""
-        if len(tokens) > self.config.max_seq_len:
-            raise ValueError(f"{len(tokens)} tokens, but max_seq_len={self.config.max_seq_len}")
+        if not 0 < len(tokens) <= self.config.max_seq_len:
+            raise ValueError(
+                f"{len(tokens)} tokens; need 1 to max_seq_len={self.config.max_seq_len}"
+            )
         x = self.embedding[tokens] + self.positions[: len(tokens)]
         yield x
         for block in self.blocks:
@@ -459,7 +468,7 @@ def mean_nats(model: GPT2, batch: dict[str, Array], key: Array | None = None) ->
 
 
 # %% [markdown]
-# A fresh model knows nothing, so its loss should be near $\ln V$: the logits are small, and the softmax nearly uniform. That is a check worth having in any training run.
+# A fresh model knows nothing, so its loss should be near $\ln V$: the logits are small, and the softmax nearly uniform.
 
 # %%
 config = GPT2Config(vocab_size=1024, max_seq_len=128, dim=96, n_layers=4, n_heads=4)
@@ -527,14 +536,16 @@ for seed, length in enumerate((1, 9, 32)):
     model = GPT2(small, key=jax.random.key(seed))
     ids = np.random.default_rng(seed).integers(0, 101, length)
     gaps.append(np.abs(both(model, jnp.asarray(ids)) - numpy_gpt2(ids, published(model), 4)).max())
-print("largest difference below 1e-5:", bool(max(gaps) < 1e-5))
-assert max(gaps) < 1e-5
+parts = (gelu, softmax, layer_norm, linear, attention, multi_head, feed_forward, block, numpy_gpt2)
+lines = sum(len(inspect.getsource(part).splitlines()) for part in parts)
+print("largest difference below 1e-5:", bool(max(gaps) < 1e-5), f" lines of NumPy: {lines}")
+assert max(gaps) < 1e-5 and lines <= 60
 ledger.claim(
     "S095",
     section="GPT in 60 Lines of NumPy",
     claim="GPT-2's forward pass is some sixty lines of NumPy",
     predicted="NumPy and JAX equal within 1e-5, NumPy and PyTorch within 2e-5",
-    measured="3 fresh models, 1 to 32 tokens: within 1e-5; transformers' random GPT-2, 17 tokens: within 2e-5",
+    measured=f"{lines} lines, docstrings included; 3 fresh models, 1 to 32 tokens: within 1e-5; transformers' random GPT-2, 17 tokens: within 5e-6",
     verdict="reproduced",
     function="gpt2.numpy_gpt2",
     test="tests/test_gpt2.py::test_numpy_is_equinox",
@@ -635,13 +646,16 @@ def load_gpt2(folder: str | Path) -> GPT2:
     return from_published(config, load_file(weights), str(weights))
 
 
-def save_gpt2(folder: str | Path, model: GPT2) -> None:
-    """Write the folder that `load_gpt2` and transformers' `GPT2LMHeadModel.from_pretrained` read."""
+def save_gpt2(folder: str | Path, model: GPT2, eos: int | None = None) -> None:
+    """Write the folder that `load_gpt2` and transformers' `GPT2LMHeadModel.from_pretrained` read.
+
+    `eos`: the id of the end-of-text token, for config.json (its bos, too); a `GPT2` doesn't know it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
     config |= {name: values[0] for name, values in CONFIG_FIXED.items()}
-    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": None, "eos_token_id": None}
+    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
     arrays = {f"transformer.{k}": np.ascontiguousarray(v) for k, v in published(model).items()}
     write_durably(folder / "config.json", json.dumps(config, indent=1).encode())
     write_durably(folder / "model.safetensors", safetensors_bytes(arrays, {"format": "pt"}))
@@ -668,6 +682,13 @@ assert gap < 2e-5 and abs(inner).max() < 1e-5
 assert again.keys() == stored_arrays.keys()
 assert all(np.array_equal(again[name], stored_arrays[name]) for name in again)
 assert eqx.tree_equal(from_published(theirs.config, tiny), theirs)  # without the prefix
+try:
+    from_published(theirs.config, {k: v for k, v in tiny.items() if k != "h.1.ln_2.bias"})
+    raise AssertionError("a missing array was accepted")
+except ValueError as error:
+    print(error)
+nats = -jax.nn.log_softmax(golden["logits"])[np.arange(16), golden["tokens"][1:]]
+assert abs(jax.jit(token_nats)(theirs, jnp.asarray(golden["tokens"])) - nats).max() < 2e-5
 ledger.claim(
     "S052",
     section="Raschka ch. 5.5",
@@ -680,7 +701,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The row's other half, the training loop, is chapter 03's `fit`. Loading SmolLM2 and GPT to Llama 3, also in that row, are chapters 14 and 10, and section 10 here.
+# The training loop is chapter 03's `fit`.
 #
 # ## 5 · Four sizes, miscounted
 #
@@ -731,17 +752,15 @@ ledger.claim(
 # %% [markdown]
 # OpenAI later noted that the counts of paper and blog "were wrong due to an error", and renamed the models. Which error? The last column says how many rows of width $D$ are missing, given that the paper's numbers are rounded. All four ranges share 9,444 to 9,789. A table that is too short by 9,779 rows is one with 40,478 entries: the vocabulary of the *first* GPT. With it, all four numbers come out to the last digit. This is our inference; OpenAI has not said so.
 #
-# No weight was made for this table. `filter_eval_shape` runs the constructor on shapes alone.
-#
 # ## 6 · What 48 layers do to the stream
 #
-# §2.3 of the paper lists three changes against the first GPT: norms moved to the input of each sub-block, one more norm at the end, and an initialisation "which accounts for the accumulation on the residual path with model depth": the weights of residual layers are scaled by $1/\sqrt N$, where $N$ is the number of residual layers. Chapter 06 measured the first. Here is the third.
+# §2.3 of the paper lists, beside a larger vocabulary, context and batch, three changes to the network: norms moved to the input of each sub-block, one more norm at the end, and an initialisation "which accounts for the accumulation on the residual path with model depth": the weights of residual layers are scaled by $1/\sqrt N$, where $N$ is the number of residual layers. Chapter 06 measured the first. Here is the third.
 #
 # A pre-norm sub-layer reads a normed stream, so at the start the variance $v$ of what it writes doesn't depend on where in the stack it is. Weights are independent, so variances add. After $L$ blocks, with $N = 2L$ sub-layers:
 #
 # $$\mathrm{Var}(x_L) = v_0 + 2L\,v, \qquad \text{scaled:}\quad \mathrm{Var}(x_L) = v_0 + 2L\,\frac{v}{2L} = v_0 + v$$
 #
-# **Predict**: four times the depth, how much more is added to the stream? Ours, from the recursion: 4 times without the scaling, 1.0 with it. Five seeds, at width 128. To undo the scaling, multiply the two matrices by $\sqrt{2L}$. All blocks have the same shape, so one program, compiled once, runs them all.
+# **Predict**: four times the depth, how much more is added to the stream? Ours, from the recursion: 4 times without the scaling, 1.0 with it. The ledger judges the difference of the two factors, 3 by the recursion; we ask for at least 2. Five seeds, at width 128. To undo the scaling, multiply the two matrices by $\sqrt{2L}$. All blocks have the same shape, so one program, compiled once, runs them all.
 
 
 # %%
@@ -777,9 +796,10 @@ for name, of in curves.items():
     added = {n: np.array([curve[-1] - curve[0] for curve in of[n]]) for n in (12, 48)}
     growth[name] = added[48] / added[12]
     print(f"{name:9} 48 layers add {growth[name].mean():.1f} times what 12 layers add")
+assert 3.5 < growth["unscaled"].mean() < 4.8 and 0.9 < growth["scaled"].mean() < 1.15
 
 # %% [markdown]
-# Both come out as the recursion says. In the picture, note that the vertical axis is logarithmic, and where the two blue curves end. (Without scaling, the first 12 of 48 layers are the 12-layer model: the dashed red line lies under the solid one.)
+# Both come out as the recursion says. In the picture (seed 0; the line under it has means of five), the vertical axis is logarithmic. Note where the two blue curves end. (Without scaling, the first 12 of 48 layers are the 12-layer model: the dashed red line lies under the solid one.)
 
 # %%
 fig, ax = plt.subplots(figsize=(6.5, 3.4))
@@ -809,7 +829,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The measured effect is the difference of the two growth factors. What 48 layers add is what 12 add, if it is scaled: the two blue lines end at one height, whatever the depth. So the embedding keeps its say in the stream. Whether a *trained* model is better for it is another question, which we did not measure.
+# What 48 layers add is what 12 add, if it is scaled: the two blue lines end at one height, whatever the depth. So the embedding keeps its say in the stream. Whether a *trained* model is better for it is another question, which we did not measure.
 #
 # ## 7 · The tokenizer and its strange letters
 #
@@ -899,13 +919,11 @@ ledger.claim(
     predicted=ledger.at_least(10, "%"),
     measured=gain,
     verdict=ledger.judge(ledger.at_least(10, "%"), gain),
-    function="gpt2.load_gpt2_tokenizer",
-    test="tests/test_gpt2.py::test_tokenizer_files",
+    function="gpt2.GPT2_PATTERN",
+    test="tests/test_gpt2.py::test_a_space_joins_the_word",
 )
 
 # %% [markdown]
-# Both patterns can be tried on code in exercise 3.
-#
 # ## 8 · Tasks that nobody trained for
 #
 # The title of the paper is *Language Models are Unsupervised Multitask Learners*. Its point: to predict text well, a model has to learn whatever the text demonstrates, and so it can be asked to do a task by text alone, **zero-shot**, with no example and no gradient step. One of its tests is the Children's Book Test: a word of a sentence is missing, ten are offered, and the model takes the one that makes the whole sentence likeliest (§3.2; 93.3 % for common nouns by the largest model).
@@ -946,10 +964,11 @@ ax.set(xlabel="token", ylabel="bits")
 plt.tight_layout()
 plt.show()
 print(f"{len(names)} tokens, {len(line)} bytes, {costs.sum() / len(line):.1f} bits per byte")
-print(f"dearest {names[costs.argmax()]!r}, cheapest {names[costs.argmin()]!r}")
+for kind, at in (("dearest", costs.argmax()), ("cheapest", costs.argmin())):
+    print(f"{kind}: token {at + 1} of {len(names)}, {names[at]!r}")
 
 # %% [markdown]
-# The dotted line is what a token costs that is drawn blindly from 1,024.
+# The dotted line is what a token costs that is drawn blindly from 1,024; all bars stay below it. Inside the one long word they fall.
 #
 # **The task.** From the validation plays, 400 lines that end in a word of four or more small letters, seen 20 to 500 times in the training plays. The last word is taken away. Nine others are drawn that are within a factor of 1.5 as frequent, so frequency alone says little. The model sees about 300 bytes before it.
 
@@ -962,13 +981,27 @@ print(options, "right:", options[right])
 # %% [markdown]
 # Rivals: the 6-gram of chapter 01, the best counter of this course (2.18 bits per byte), scored in the same way; the most frequent of the ten words; and the model itself, shown only the line. **Predict.** Ours: the counter sees five bytes back, the model about a hundred tokens. It should win by at least 5 points. It may do so by grammar alone: nothing here forces understanding. From the line alone to the whole context we expect 3 points more.
 
+
 # %%
+def outcome(predicted, found):
+    """holds, fails, or undecided: what an interval says about a prediction."""
+    m = predicted.bound
+    if predicted.kind == "within":
+        holds, fails = -m <= found.low and found.high <= m, found.low > m or found.high < -m
+    else:
+        holds, fails = found.low > m, found.high < m
+    return "holds" if holds else "fails" if fails else "undecided"
+
+
 right = np.array(stored["cloze"]["right"])
 assert right.tolist() == [item[-1] for item in items]
 correct = {k: np.array(v) == right for k, v in stored["cloze"].items() if k != "right"}
 for name, hits in correct.items():
-    found = ledger.interval(100.0 * hits, "%", digits=1)
-    print(f"{name:22} {found}")
+    print(f"{name:22} {ledger.interval(100.0 * hits, '%', digits=1)}")
+for name in ("GPT-2", "6-gram"):
+    above = ledger.interval(100.0 * correct[name] - 10, "points", digits=1)
+    print("above chance:", name, above)
+    assert above.low > 5
 live = np.array(runs.choose(model, items[:40]))
 print(
     "live, first 40 items, at least 38 as stored:", sum(live == stored["cloze"]["GPT-2"][:40]) >= 38
@@ -977,7 +1010,7 @@ assert sum(live == stored["cloze"]["GPT-2"][:40]) >= 38
 context = ledger.interval(
     100.0 * correct["GPT-2"] - 100.0 * correct["GPT-2, this line only"], "points", digits=1
 )
-print("context beyond the line:", context, "|", ledger.judge(ledger.at_least(3, "points"), context))
+print("context beyond the line:", context, "|", outcome(ledger.at_least(3, "points"), context))
 
 # %%
 #| claim S031
@@ -985,7 +1018,7 @@ lead = ledger.interval(100.0 * correct["GPT-2"] - 100.0 * correct["6-gram"], "po
 ledger.claim(
     "S031",
     section="GPT-2 paper, 3.2",
-    claim="a plain language model does a task that it was not trained for: it chooses the missing word of ten, better than the best counter",
+    claim="half a million weights choose the missing word of ten better than a 6-gram counter; neither was trained for it",
     predicted=ledger.at_least(5, "points"),
     measured=lead,
     verdict=ledger.judge(ledger.at_least(5, "points"), lead),
@@ -995,13 +1028,13 @@ ledger.claim(
 
 
 # %% [markdown]
-# We were wrong, and clearly. The model takes the right word of ten in one of five cases, twice as often as chance. The counter does in one of three. And the context beyond the line gives no gain that 400 items can show: the interval of that difference contains zero.
+# Zero-shot transfer is there. The model takes the right word of ten in one of five cases, twice as often as chance. The counter does in one of three, and that is transfer as well: it, too, only ever predicted text. What failed, and clearly, is our guess that the network would beat it. And the context beyond the line gives no gain that 400 items can show: the interval of that difference contains zero.
 #
-# Look at the two as language models: 2.28 bits per byte against the counter's 2.18. The better predictor of text is the better chooser of words, and here the counter is the better predictor. That fits the paper's own remark that capacity is "essential": its largest model reached 93.3 % on its task, from 1.5 billion parameters and 40 GB of text. Ours shows that the *method* works without training for the task (the interval is well above 10 %), and that at half a million weights it is no way to beat a table of counts. Chapter 11's model, with 1.9 bits per byte, would be the next thing to try.
+# Look at the two as language models: 2.28 bits per byte against the counter's 2.18. Of these two, the better predictor also chooses better (its order was picked on these same plays). That fits the paper's own remark that capacity is "essential": its largest model has 1.5 billion parameters and read 40 GB of text. Half a million weights don't beat a table of counts here.
 #
 # ## 9 · Fine-tuning: verse or prose?
 #
-# The other use of a pre-trained model: exchange the head. Shakespeare's lords mostly speak verse, his servants prose, and printers show it: verse lines begin with a capital. So the labels come for free: a speech of three or more lines is verse if every line begins with a capital, prose if at most a quarter do, and otherwise left out. Then the evidence is destroyed: line breaks become spaces, and everything is set in small letters. What remains is rhythm, word order and words.
+# The other use of a pre-trained model: exchange the head. Shakespeare's lords mostly speak verse, his servants prose, and printers show it: verse lines begin with a capital. So the labels come for free: a speech of three or more lines is verse if every line after the first begins with a capital (or no letter), prose if at most a quarter of them do, and otherwise left out. Then the evidence is destroyed: line breaks become spaces, and everything is set in small letters. What remains is rhythm, word order and words.
 #
 # The causal mask decides where to read the answer: only the *last* position has seen the whole text. The classifier is the trunk, and a linear map of that position.
 
@@ -1023,7 +1056,7 @@ class Classifier(eqx.Module):
         self.weight = 0.02 * jax.random.normal(key, (classes, trunk.config.dim))
 
     def __call__(self, tokens: Int[Array, " T"], length: Int[Array, ""]) -> Float[Array, " C"]:
-        """The classes' logits; `length` tokens count, what follows them is padding."""
+        """The classes' logits; 1 ≤ `length` ≤ T (not checked) tokens count, the rest is padding."""
         last = self.trunk.hidden(tokens)[length - 1]
         return self.weight @ last + self.bias
 
@@ -1046,13 +1079,13 @@ for at in (0, 1):
 print(f"{len(texts)} speeches of the four held-out plays, {labels.mean():.0%} verse")
 
 # %% [markdown]
-# The two classes are equally frequent, so the majority scores 50 %. The better rival is counting: a byte 4-gram (chapter 01) for each class, trained on the same speeches; the class that finds the text likelier wins. Three ways to use the network, on 200 labels and on 2,000:
+# The two classes are equally frequent, so the majority scores 50 %. The better rival is counting: a byte 4-gram (chapter 01) for each class, trained on the same speeches; the class that finds the text likelier wins. Network and counter both get the first 63 tokens; 58 % of the speeches are longer. Three ways to use the network, on 200 labels and on 2,000:
 #
 # - **fine-tuned**: start from the stored GPT-2 and train everything;
 # - **from scratch**: the same network, steps and batches from random weights, so the same compute after pre-training;
 # - **frozen trunk**: train the head alone, to convergence, on what the stored model holds at the last position.
 #
-# Three seeds each; a seed draws the labels. 200 labels get 60 steps of 16 speeches (five passes), 2,000 labels get 120 (one). Learning rates (1e-3 fine-tuned, 2e-3 from scratch) were set once, not tuned. **Predict** fine-tuned against from scratch. Ours: at least 5 points with 200 labels, less with 2,000.
+# Three seeds each; a seed draws the labels. 200 labels get 60 steps of 16 speeches (five passes), 2,000 labels get 500 (four). Learning rates (1e-3 fine-tuned, 2e-3 from scratch) were set once, not tuned. **Predict** fine-tuned against from scratch. Ours: at least 5 points with 200 labels, less with 2,000.
 
 # %%
 rows = stored["classify"]
@@ -1065,17 +1098,11 @@ score = {
 print("% right, mean of three seeds  200 labels   2,000 labels")
 for arm in arms:
     print(f"{arm:28} {score[arm, 200].mean():11.1f} {score[arm, 2000].mean():14.1f}")
-for n in (200, 2000):
-    print(
-        n,
-        "fine-tuned − 4-grams:",
-        ledger.interval(score["fine-tuned", n] - score["4-grams", n], "points", 1),
-    )
-    print(
-        n,
-        "fine-tuned − scratch:",
-        ledger.interval(score["fine-tuned", n] - score["from scratch", n], "points", 1),
-    )
+for rival in ("4-grams", "from scratch"):
+    lead = {n: score["fine-tuned", n] - score[rival, n] for n in (200, 2000)}
+    for n, of in lead.items():
+        print(f"{n:4} fine-tuned − {rival}: {ledger.interval(of, 'points', 1)}")
+print("the last lead, 200 − 2000:", ledger.interval(lead[200] - lead[2000], "points", 1))
 
 # %%
 #| claim S053
@@ -1092,28 +1119,26 @@ ledger.claim(
 )
 
 # %% [markdown]
-# One of these runs again, live: seed 0, 200 labels, fine-tuned, 60 steps of 16 speeches. Its accuracy must be within 5 points of the stored one (other processors round differently, and sixty steps spread that). What does it mix up?
+# One of these runs again, live: seed 0, 200 labels, fine-tuned, 60 steps of 16 speeches. Its accuracy must be within 5 points of the stored one (other processors round differently, and sixty steps spread that). And how many of its own 200 labels does it get right?
 
 # %%
+(own_texts, own_labels), _ = runs.class_data(200, 0)
 live_model = runs.tuned("fine-tuned", 200, 0, trunk=model)
-said = runs.predictions(live_model, texts, labels)
+truth = np.concatenate([own_labels, labels])
+hits = runs.predictions(live_model, own_texts + texts, truth) == truth
 first = next(r for r in rows if (r["arm"], r["labels"], r["seed"]) == ("fine-tuned", 200, 0))
-print(
-    "within 5 points of the stored run:",
-    bool(abs(100 * (said == labels).mean() - 100 * first["accuracy"]) < 5),
-)
-assert abs((said == labels).mean() - first["accuracy"]) < 0.05
+apart = abs(hits[200:].mean() - first["accuracy"])
+print("held out, within 5 points of the stored run:", bool(apart < 0.05))
+print("of its own labels more than 90 % right:", bool(hits[:200].mean() > 0.9))
+assert apart < 0.05 and hits[:200].mean() > 0.9
+
+# %% [markdown]
+# It knows its own speeches and hardly any others: it overfits. What does a network mix up? The matrix is of another run, a stored one: 2,000 labels, seed 0.
 
 # %%
-said = np.array(
-    [
-        int(c)
-        for c in next(
-            r for r in rows if (r["arm"], r["labels"], r["seed"]) == ("fine-tuned", 2000, 0)
-        )["said"]
-    ]
-)
-matrix = np.array([[((labels == a) & (said == b)).sum() for b in (0, 1)] for a in (0, 1)])
+row = next(r for r in rows if (r["arm"], r["labels"], r["seed"]) == ("fine-tuned", 2000, 0))
+said_2000 = np.array(list(row["said"]), int)
+matrix = np.array([[((labels == a) & (said_2000 == b)).sum() for b in (0, 1)] for a in (0, 1)])
 fig, ax = plt.subplots(figsize=(3.8, 3.2))
 ax.imshow(matrix, cmap="Blues", vmin=0)
 for (i, j), n in np.ndenumerate(matrix):
@@ -1124,18 +1149,18 @@ ax.set(xlabel="said", ylabel="is")
 plt.tight_layout()
 plt.show()
 print("stored, 2,000 labels, seed 0; rows are the truth:", matrix.tolist())
-print("right:", ledger.interval(100.0 * (said == labels), "% of speeches", digits=1))
+print("right:", ledger.interval(100.0 * (said_2000 == labels), "% of speeches", digits=1))
 
 # %% [markdown]
-# This run takes verse for prose more often (110 times) than prose for verse (67).
+# The stored run takes verse for prose more often (85 times) than prose for verse (66).
 #
-# Again a prediction failed. With 200 labels no network gets far above chance, pre-trained or not. With 2,000 and one pass over them the fine-tuned ones reach two thirds, all three alike. From random weights the outcome depends on the seed, so three seeds can't say by how much pre-training wins. The head alone, on a frozen trunk, lies between the two.
+# With 200 labels no network gets far above chance, pre-trained or not. With three seeds our 5 points are neither shown nor excluded; the ledger's word for that is *absent*. With 2,000 labels pre-training does help: by 4.9 points, and the interval lies above zero. We had expected a smaller lead there than with 200. The difference of the two leads has both signs in its interval, so that half is undecided, too. The head alone, on a frozen trunk, stays ten points behind.
 #
-# And all of them lose to two tables of 4-grams, which are filled in a second: by 12 points with 2,000 labels, and in each of the three seeds with 200. That row is missing from most tutorials on fine-tuning, and it is the one to have first: a network is worth its trouble where it beats counting. Ours is small, was pre-trained on text with capitals and line breaks, and took few steps; which of these matters most we did not measure.
+# And two tables of 4-grams, which are filled in a second? With 2,000 labels they are level with the best network, within about three points either way. With 200 they are ahead in each of the three seeds, by how much three seeds can't fix. That row is missing from the text we compared with (see the notes), and it is the one to have first: a network is worth its trouble where it beats counting.
 #
 # ## 10 · From GPT-2 to Llama 3, one step at a time
 #
-# Chapter 10 builds Llama 3. Here is the way there, in six steps, each with the one before: **no biases**; **RMSNorm** for LayerNorm; **rotary** positions for learned ones; **SwiGLU** for GELU, with F from 384 to 256, as it has three matrices instead of two; **grouped queries**, two key heads for four query heads, what is saved given to F (288); an **untied head**, a table of its own. (Llama 3 8B's head is untied.) The variants live in `tools/gpt2_runs.py`; chapter 10 has the real parts.
+# Chapter 10 builds Llama 3. Here is the way there, in six steps, each with the one before: **no biases**; **RMSNorm** for LayerNorm; **rotary** positions for learned ones (base 10,000, not Llama 3's 500,000: windows here have 128 tokens); **SwiGLU** for GELU, with F from 384 to 256, as it has three matrices instead of two; **grouped queries**, two key heads for four query heads, what is saved given to F (288); an **untied head**, a table of its own. (Llama 3 8B's head is untied.) The variants live in `tools/gpt2_runs.py`; chapter 10 has the real parts.
 #
 # Equal compute: the shape of `config` with two layers, and XLA's count of operations per token agrees within 3 % over all steps. Each run has the same 250 steps of 1,024 tokens, a twelfth of what the small GPT-2 read. Three seeds; a seed fixes initial weights and batches, so differences are paired. One learning rate for all, not tuned for any.
 #
@@ -1156,7 +1181,7 @@ expected = dict.fromkeys(gains, ledger.within(0.02, "bits"))
 expected |= dict.fromkeys(("rotary", "SwiGLU"), ledger.at_least(0.01, "bits"))
 print(f"{'GPT-2':16} {ladder['GPT-2'].mean():.3f} bits per byte; then, gained by each step:")
 for name, gain in gains.items():
-    print(f"{name:16} {gain}; {expected[name]}: {ledger.judge(expected[name], gain)}")
+    print(f"{name:16} {gain}; {expected[name]}: {outcome(expected[name], gain)}")
 gains["all six"] = ledger.interval(ladder["GPT-2"] - ladder[steps[-1]], "bits", digits=3)
 print(f"{'all six':16} {gains['all six']}")
 
@@ -1175,11 +1200,28 @@ print("better:", [name for name, gain in gains.items() if gain.low > 0])
 print("worse:", [name for name, gain in gains.items() if gain.high < 0])
 
 # %% [markdown]
-# One of six predictions holds: rotary positions gain, and a lot. Three are undecided. Leaving out the biases gains a little, 0.004 to 0.023; RMSNorm and grouped queries have intervals around zero that reach beyond our ±0.02. Llama keeps these three because they make the model simpler and its cache smaller (chapter 12), and nothing here speaks against it.
+# One of six predictions holds: rotary positions gain, and a lot. Three are undecided. Leaving out the biases gains a little, 0.004 to 0.023; RMSNorm and grouped queries have intervals around zero that reach beyond our ±0.02. Grouped queries make the cache smaller (chapter 12); the other two make the model simpler. Whether RMSNorm and grouped queries cost anything, these intervals are too wide to say.
 #
-# Two were wrong. SwiGLU *loses*, in every seed. Chapter 10 compares the two layers at equal parameters, in runs of its own, and doesn't find the gain either. And the untied head, which we took for neutral, gains most after rotary. Equal compute is not equal size: it has a third more parameters. In a large model the table is a small part (exercise 2), so this gain need not carry over.
+# Two were wrong. The untied head, which we took for neutral, gains most after rotary. Equal compute is not equal size: it has a third more parameters. In a large model the table is a small part (exercise 2), so this gain need not carry over.
 #
-# A warning about all of this: 250 steps, one learning rate, two layers. The table says what each step is worth *here*. What a step is worth at Llama's size, such a run can't say.
+# And SwiGLU loses, in every seed, *at this start*. With σ = 0.02 the second factor of the gate has size $0.02\sqrt{96} \approx 0.2$, so the layer begins nearly switched off; chapter 10 tests that. Here are two more stored arms, made after the fact: the input matrices of the feed-forward layer start at $1/\sqrt D$.
+
+# %%
+for name in ("rotary", "SwiGLU"):
+    gain = ledger.interval(ladder[name] - ladder[name + ", wide start"], "bits", digits=3)
+    print(f"{name:16} gained by the wide start {gain}")
+gain = ladder["rotary, wide start"] - ladder["SwiGLU, wide start"]
+print("SwiGLU's gain on GELU, both with it:", ledger.interval(gain, "bits", digits=3))
+for after in (25, 75):
+    at = {
+        arm: [r["loss"][after // 25] for r in stored["ladder"] if r["arm"] == arm] for arm in ladder
+    }
+    print(f"nats at step {after}:", ", ".join(f"{arm} {np.mean(of):.1f}" for arm, of in at.items()))
+
+# %% [markdown]
+# SwiGLU's loss is gone, and both layers gain: GELU about as much as from rotary, SwiGLU more than from any step. The last two lines warn of the whole ladder: all arms reach a plateau near 6 nats and leave it at different times. So the table, for rotary and the untied head as well, also measures how soon an arm leaves it.
+#
+# And what a step is worth at Llama's size, 250 steps of two layers can't say.
 #
 # One rung again, live: the first 25 steps of "rotary" with seed 0.
 
@@ -1209,9 +1251,9 @@ assert wrong > live_bits + 0.3
 #
 # ## Notes on the sources
 #
-# **Radford et al. 2019 (GPT-2).** The architecture of §2.3 is built, and the initialisation does at the start what the paper says it accounts for (S029); whether it helps training the paper doesn't show, and we did not measure. The parameter counts of Table 2 are wrong (S051). The claim for spaces (S030) holds with a margin; between its pattern and Llama 3's we see no difference on code (exercise 3). Zero-shot transfer (S031) was tested in miniature, one task and one model: well above chance, and below a table of counts. The paper's tests of translation, summaries and questions need a larger model than ours. It is silent on the initial standard deviation, on the learning rates, which were "manually tuned", and on the length of training.
+# **Radford et al. 2019 (GPT-2).** The architecture of §2.3 is built, and the initialisation does at the start what the paper says it accounts for (S029); whether it helps training the paper doesn't show, and we did not measure. The parameter counts of Table 2 are wrong (S051). The claim for spaces (S030) holds with a margin for compression; its "minimal fragmentation of words" we did not measure. Between its pattern and Llama 3's we see no difference on code (exercise 3). Zero-shot transfer, tested in miniature on one task, is there for our network and for a counter, both well above chance. That the network beats the counter (S031) was our own guess, not the paper's, and it failed. It is silent on the initial standard deviation, on the learning rates, which were "manually tuned", and on the length of training.
 #
-# **Raschka, *Build a Large Language Model (From Scratch)*, ch. 4–6.** Assembly and loading are reproduced against transformers. Chapter 6 fine-tunes on spam messages. Its repository compares choices (ch06/02): all layers from pre-trained weights 96.67 % of the test messages, from random weights 93.67 %, the last layer alone 72.00 %. Its comment calls random weights "slightly worse by 1.3 %", against a row that trains the last block only. There is one run for each row, no interval, and no rival that counts. Section 9 adds these three, on another task and a much smaller model: the gain from pre-training is not to be told from none, and counting wins.
+# **Raschka, *Build a Large Language Model (From Scratch)*, ch. 4–6.** Assembly and loading are reproduced against transformers. Chapter 6 fine-tunes on spam messages. Its repository compares choices (ch06/02): all layers from pre-trained weights 96.67 % of the test messages, from random weights 93.67 %, the last layer alone 72.00 %. Its comment calls random weights "slightly worse by 1.3 %", against a row that trains the last block only. There is one run for each row, no interval, and no rival that counts. Section 9 adds these three, on another task and a much smaller model: pre-training gains 5 points with 2,000 labels, none that three seeds can show with 200, and counting is no worse.
 #
 # **Mody, *GPT in 60 Lines of NumPy*.** The forward pass is as short as it says (S095). Its loop has no cache; section 2 adds one (S096).
 #

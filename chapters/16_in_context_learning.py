@@ -20,7 +20,7 @@
 # *Reading time 35 min · runs in about 45 s · difficulty ●●○ · needs 10, 11, 12, 14, 15*
 
 # %% [markdown]
-# Write "cat → animal", "archery → sport", and then "apple →". A language model that was trained to continue text and nothing else answers "fruit". No weight was changed: it has read the task in its own prompt. GPT-3 made this famous in 2020, under the title *Language Models are Few-Shot Learners*, and called it **in-context learning**.
+# Write "cat → animal", "archery → sport", and then "apple →". A language model answers "fruit". No weight was changed: it has read the task in its own prompt. GPT-3 (2020) made it famous as **in-context learning**.
 #
 # This chapter measures it, then takes it apart.
 #
@@ -82,6 +82,8 @@ print(f"{len(ROWS)} stored runs")
 # %% [markdown]
 # The stored runs are in `results/in_context_learning.json`, made by `tools/in_context_learning_runs.py`. Whenever a number comes from there, the text says so.
 #
+# SmolLM2 here is the 135M *Instruct* model in 4-bit weights: also tuned to follow instructions, as GPT-3 was not. Our prompts don't use its chat format, but `<|im_start|>` stands in for a BOS.
+#
 # ## 1 · Zero, one, few
 #
 # GPT-3's paper (§2) fixes the words. **Few-shot** ($K$-shot): the prompt holds a short instruction, $K$ worked examples, and the question; $K$ is as large as the context allows, 10 to 100 in a context of 2,048 tokens. **One-shot** is $K=1$. **Zero-shot** is $K=0$: the instruction alone. In none of them is there a gradient step; that would be fine-tuning.
@@ -96,7 +98,7 @@ class Template:
     """How a task is written down: an instruction, and the forms of a question and of an answer.
 
     `question` and `answer` hold one pair of braces each. The answer follows the question directly: it
-    should begin with a space, as tokens do. Raises ValueError for forms without such a place.
+    should begin with a space, as tokens do. Raises ValueError for forms without such a place, or with more.
     """
 
     question: str
@@ -105,8 +107,9 @@ class Template:
 
     def __post_init__(self):
         for name in ("question", "answer"):
-            if getattr(self, name).count("{}") != 1:
-                raise ValueError(f"{name} must hold one {{}}, got {getattr(self, name)!r}")
+            form = getattr(self, name)
+            if form.count("{}") != 1 or form.count("{") + form.count("}") != 2:
+                raise ValueError(f"{name} must hold one {{}} and no other brace, got {form!r}")
 
 
 # %% [markdown]
@@ -129,10 +132,12 @@ def few_shot(template: Template, examples: Sequence[tuple[str, str]], query: str
 arrow = Template("{} →", " {}\n")
 print(few_shot(arrow, [("cat", "animal"), ("archery", "sport")], "apple"))
 question = runs.QUESTION
+told = Template("Q {}\nA", " {}\n", "Sort.\n")
+assert few_shot(told, [("a", "b")], "x") == "Sort.\nQ a\nA b\nQ x\nA"
 assert few_shot(question, [], "apple") == "Question: What kind of thing is apple?\nAnswer:"
 
 # %% [markdown]
-# **A task.** 240 words of eight kinds. Five words of each kind may be shown as examples; we ask about the other 200. All kinds are equally frequent, so always giving the same answer, the **majority baseline**, is right in 12.5 %.
+# **A task.** 240 words of eight kinds ("toolbox" names its own). Five words of each kind may be shown as examples; we ask about the other 200. All kinds are equally frequent, so always giving the same answer, the **majority baseline**, is right in 12.5 %.
 
 
 # %%
@@ -163,7 +168,7 @@ KINDS = {
 
 
 # %% [markdown]
-# A second task has only two answers: is a sentence like "The soup was awful." positive or negative? Its sentences are put together from a subject and an adjective, and no adjective is both shown and asked. (Five sentences share an adjective, so the 200 are not independent. Intervals over them are too narrow; we put none on this task.)
+# A second task has only two answers: is a sentence like "The soup was awful." positive or negative? Its sentences are put together from a subject and an adjective, and no adjective is both shown and asked. (Five sentences share an adjective, so the 200 are not independent: an interval needs means over the 40 adjectives.)
 
 
 # %%
@@ -255,8 +260,11 @@ def label_log_probs(
     """Log-probability in nats of each label's first token, right after each prompt.
 
     Prompts are padded on the right to `width` tokens (default: the longest, rounded up to 16). Raises
-    ValueError for labels that begin with the same token, and for a prompt longer than `width`.
+    ValueError for no prompts, for labels that are empty or begin with the same token, and for a prompt
+    longer than `width`.
     """
+    if not prompts or not all(labels):
+        raise ValueError(f"need a prompt, and no empty label; got {len(prompts)}, {list(labels)}")
     first = [tokenizer.encode(label)[0] for label in labels]
     if len(set(first)) != len(labels):
         raise ValueError(f"two labels begin with the same token: {list(labels)}")
@@ -278,6 +286,7 @@ def label_log_probs(
 
 # %%
 LABELS = [f" {kind}" for kind in KINDS]
+assert all(len(tokenizer.encode(label)) == 1 for label in LABELS)
 prompt = few_shot(arrow, [("cat", "animal"), ("archery", "sport")], "apple")
 scores = label_log_probs(smollm, tokenizer, [prompt], LABELS, width=32)[0]
 for label, score in sorted(zip(LABELS, scores, strict=True), key=lambda pair: -pair[1])[:3]:
@@ -287,22 +296,21 @@ assert LABELS[scores.argmax()] == " fruit"
 # %% [markdown]
 # ## 2 · The few-shot curve
 #
-# **Predict** the accuracy at $K = 0, 1, 2, 4, 8$, for two templates: the bare arrow, and a question in English. Ours: with $K=0$ the arrow says nothing of what is wanted, so it is low, 30 to 40 %; the English question does ask, 60 to 70 %. At $K=8$ both are above 80 %: eight examples say what the template did not. For the ledger: averaged over both templates, 8 examples are worth more than 20 points. (A pilot with 64 of these words came first, so this is no blind guess.)
+# **Predict** the accuracy at $K = 0, 1, 2, 4, 8$, for two templates: the bare arrow, and a question in English. Ours: with $K=0$ the arrow says nothing of what is wanted, so it is low, 30 to 40 %; the English question does ask, 60 to 70 %. At $K=8$ both are above 80 %: eight examples say what the template did not. For the ledger: averaged over both templates, 8 examples are worth more than 20 points. (A pilot with 64 of these words came first, and they are still among the questions: this is no blind guess.)
 #
-# All 200 questions take minutes, so the answers are stored. First we ask 24 of them again, to see that the file holds what the code gives. Near-ties may fall either way on another machine; where the best label leads by more than 0.05 nats, the answers must be equal.
+# All 200 questions take minutes, so the answers are stored. First we ask 24 of them again. Near-ties may fall either way on another machine; where the best label leads by more than 0.05 nats, the answers must be equal.
 
 
 # %%
-def asked_again(model, name, n=24):
-    """The first n answers of a stored arm, computed now, and how many clear ones differ."""
+def asked_again(model, name, row, n=24):
+    """The first n answers of an arm, computed now, and how many clear ones differ from a stored row."""
     scores = label_log_probs(model, tokenizer, runs.prompts(name)[0][:n], LABELS, width=32)
-    row = ROWS[name, 0]
     then, lead = np.array([int(c) for c in row["chosen"][:n]]), np.array(row["lead"][:n])
     return scores.argmax(1), int(((scores.argmax(1) != then) & (lead > 0.05)).sum())
 
 
 for k in (0, 4):
-    now, different = asked_again(smollm, f"kinds, arrow, {k}")
+    now, different = asked_again(smollm, f"kinds, arrow, {k}", ROWS[f"kinds, arrow, {k}", 0])
     right = (now == answers[:24]).sum()
     print(f"K = {k}: {right} of 24 right; answers that differ from the stored ones: {different}")
     assert different == 0
@@ -350,34 +358,14 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The curve rises steeply and then stops: with the arrow, four examples give 80 %, eight no more. Our guesses for $K=0$ were right, those for $K=8$ too hopeful, for both templates. A good question is worth as much as examples: it starts at 68 %, and needs eight examples to gain another 8 points.
+# The curve rises steeply and then stops: with the arrow, four examples give 80 %, eight no more. Our guesses for $K=0$ were right; at $K=8$ both end below the 80 % we named, the arrow by less than its interval. A good question alone (68 %) lies between one example of the arrow (41.5 %) and two (73.5 %), and needs eight examples to gain another 8 points.
 #
-# The moods are the other extreme. With no example the answer is "negative", 200 times of 200. *One* example, which can only show one of the two labels, brings 96.5 %. It can't have taught what a good or a bad thing is. It shows what kind of answer is asked for. The printed probabilities say the same of the kinds: at $K=0$ the eight labels together have less than 0.1 %, the model would go on with something else altogether; at $K=8$ they have 34 %. We choose among the labels by hand, which hides that. A score by free generation would begin near zero.
-
-# %%
-#| claim S034
-gain = sum(
-    stored_right(f"kinds, {t}, 8").astype(float) - stored_right(f"kinds, {t}, 0")
-    for t in ("arrow", "question")
-)
-measured = ledger.interval(50 * gain, "points", 1)
-predicted = ledger.at_least(20, "points")
-ledger.claim(
-    "S034",
-    section="GPT-3 §2, §3",
-    claim="examples in the prompt raise accuracy without a gradient step: K = 8 against K = 0 on 200 "
-    "words that are not among the examples, mean of two templates (SmolLM2-135M-Instruct, stored answers)",
-    predicted=predicted,
-    measured=measured,
-    verdict=ledger.judge(predicted, measured),
-    function="in_context_learning.label_log_probs",
-    test="tests/test_in_context_learning.py::test_label_log_probs_are_the_models",
-)
+# The moods are the other extreme. With no example the answer is "negative", 200 times of 200. *One* example, which can only show one of the two labels, brings 96.5 %. It can't have taught what a good or a bad thing is. It shows what kind of answer is asked for. The printed probabilities say the same of the kinds: at $K=0$ the eight labels together have less than 0.1 %; at $K=8$ they have 34 %. We choose among the labels by hand, which hides that. A score by free generation would begin near zero.
 
 # %% [markdown]
 # ## 3 · What about the examples helps?
 #
-# Three changes, all with the arrow and $K=8$. **Predict** each.
+# Three changes, all of the arrow. The answers are stored. **Predict** each.
 #
 # - *An instruction in front*, which names the eight kinds. Ours: a great help at $K=0$, none at $K=8$.
 # - *Random labels.* Min et al. (2022) replaced the labels of the examples by random ones, over 12 models, and report that it "barely hurts": the examples would show format and possible answers, not the mapping. Ours: it costs less than 10 points.
@@ -392,18 +380,49 @@ CHANGES = (
 )
 for plain, changed, what in CHANGES:
     difference = stored_right(changed).astype(float) - stored_right(plain)
+    if changed.startswith("moods"):  # one value for each adjective
+        adjective = np.array([x.split()[-1] for x, _ in runs.TASKS["moods"][1]])
+        difference = [difference[adjective == a].mean() for a in sorted(set(adjective))]
+        difference = np.array(difference)
     print(f"{what:22} {100 * stored_right(changed).mean():5.1f} %, ", end="")
     print("a change of", ledger.interval(100 * difference, "points", 1))
 
 # %% [markdown]
-# Two of our three guesses are wrong, in an instructive way.
+# Two of our three guesses are wrong.
 #
-# The instruction helps without examples, by 22.5 points. With eight examples it *costs* 19. What reads like the clearest prompt of all is worse than bare examples, for this model. We don't know why; more examples of such prompts would have to be measured.
+# The instruction helps without examples, by 22.5 points. With eight examples it *costs* 19. What reads like the clearest prompt is worse than bare examples, for this model. We don't know why.
 #
-# Random labels cost 20 points on the kinds and 12 on the moods. So the mapping matters here, more than Min et al. report. But look at what is left: 59.5 % with labels that are noise is still far above the 33.5 % of no examples, and even further above 12.5 %. That much of the help is form, not content. Later work (Yoo et al. 2022) also found larger effects of the labels, depending on task and model.
+# Now the ledger's row, with a decision taken after seeing the numbers. GPT-3's zero-shot has an instruction. The arrow at $K=0$ asks nothing, and it made most of our first row (27.2 points, the mean of arrow and question). So this row leaves it out: the bound is still 20 points, the mean is over the two templates that ask.
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 2.4))
+#| claim S034
+gains = {
+    t: 100 * (stored_right(f"kinds, {t}, 8").astype(float) - stored_right(f"kinds, {t}, 0"))
+    for t in ("arrow", "question", "told")
+}
+for template, gain in gains.items():
+    print(f"K = 8 against 0, {template:8}:", ledger.interval(gain, "points", 1))
+measured = ledger.interval((gains["question"] + gains["told"]) / 2, "points", 1)
+predicted = ledger.at_least(20, "points")
+ledger.claim(
+    "S034",
+    section="GPT-3 §2, §3",
+    claim="examples raise accuracy over an instruction alone, without a gradient step: K = 8 against K = 0 on "
+    "200 words that are not among the examples, mean of two templates (SmolLM2-135M-Instruct, stored answers)",
+    predicted=predicted,
+    measured=measured,
+    verdict=ledger.judge(predicted, measured),
+    function="in_context_learning.label_log_probs",
+    test="tests/test_in_context_learning.py::test_label_log_probs_are_the_models",
+)
+
+# %% [markdown]
+# Where the prompt has asked, eight examples add little or nothing.
+#
+# Random labels cost 20 points on the kinds and 12 on the moods. So the mapping matters here, more than Min et al. report. But look at what is left: 59.5 % with labels that are noise is still far above the 33.5 % of no examples. That much of the help is form, not content. Later work (Yoo et al. 2022) also found larger effects of the labels, depending on task and model.
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 2.4))  # stored, as above
 for y, task in enumerate(("moods", "kinds")):
     found = 100 * np.array(ROWS[f"{task}, orders", 0]["accuracy"])
     ax.plot(found, y + np.linspace(-0.2, 0.2, len(found)), "o", alpha=0.6)
@@ -422,7 +441,7 @@ last = [
 print("its labels:", ", ".join(last))
 
 # %% [markdown]
-# Same model, same four examples, same 200 sentences: most orders of the moods are perfect, and the worst is at 53 %, a coin. It says "positive" nearly always. So Lu et al. are right even for a task as easy as this one, and a single few-shot score with a single order says little. The kinds, with eight examples, move less.
+# Same model, same four examples, same 200 sentences: most orders of the moods are perfect, and the worst is at 53 %, a coin. It says "positive" nearly always. So Lu et al. are right even for a task as easy as this, and a few-shot score with one order says little. The kinds, with eight examples, move less. That all its scores lie above section 2's 79.5 % may come from these eight showing each kind once, which random draws rarely do, or from these words. We did not separate it.
 
 # %% [markdown]
 # ## 4 · A world where only the context helps
@@ -517,7 +536,7 @@ def train_tiny(
 
 
 # %% [markdown]
-# The model is chapter 10's, the recipe chapter 11's. One thing is changed: the embedding starts ten times larger, so that tokens differ from the first step on. (In a pilot with Llama's usual 0.02, and longer blocks, what follows came later.)
+# The model is chapter 10's, the recipe chapter 11's. One thing is changed: the embedding starts ten times larger, so that tokens differ from the first step on.
 #
 # To watch the circuit we need the attention weights. The fused attention of chapter 10 never shows them. So we compute them a second time, from each block's own queries and keys, while the true stream goes on through the block:
 # $$ A^{(l,h)}_{t,s} = \operatorname{softmax}_{s \le t}\; \frac{q^{(l,h)}_t \cdot k^{(l,h)}_s}{\sqrt{D_h}}, \qquad A: (L, B, H, T, T) . $$
@@ -549,7 +568,7 @@ def attention_maps(model: Llama, tokens: Int[Array, "*B T"]) -> Float[Array, "L 
 
 
 # %% [markdown]
-# **Check.** Rows sum to one, nothing looks ahead, and the weights times the values give what the block's attention really puts out. The last one is what makes the maps believable.
+# **Check.** Rows sum to one, nothing looks ahead, and in every layer the weights times the values give what the block's attention really puts out. The last one is what makes the maps believable.
 
 # %%
 tiny = tiny_model(2, 0)
@@ -561,20 +580,23 @@ assert jnp.allclose(maps.sum(-1), 1, atol=1e-5) and float(jnp.triu(maps, 1).max(
 
 @eqx.filter_jit
 def both_ways(model, tokens, weights):
-    """Output of the first attention layer: by itself, and as weights times values."""
-    block, config = model.blocks[0], model.config
-    x = block.attention_norm(embed(model.embedding, tokens))
+    """Each attention layer's output: by itself, and as weights times values."""
+    config, x = model.config, embed(model.embedding, tokens)
     at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     rotation = rope_rotation(at, rope_frequencies(config.head_dim, config.rope_theta), x.dtype)
-    mixed = jnp.einsum("bhts,bshd->bthd", weights, block.attention.project(x, rotation)[2])
-    return block.attention(x, rotation)[0], mixed.reshape(
-        *x.shape[:2], -1
-    ) @ block.attention.w_out.T
+    pairs = []
+    for block, layer in zip(model.blocks, weights, strict=True):
+        normed = block.attention_norm(x)
+        values = block.attention.project(normed, rotation)[2]
+        mixed = jnp.einsum("bhts,bshd->bthd", layer, values).reshape(*x.shape[:2], -1)
+        pairs.append((block.attention(normed, rotation)[0], mixed @ block.attention.w_out.T))
+        x, _ = block(x, rotation)
+    return pairs
 
 
-own, mixed = both_ways(tiny, tokens, maps[0])
-print("weights times values are the block's output:", bool(jnp.allclose(own, mixed, atol=1e-6)))
-assert jnp.allclose(own, mixed, atol=1e-6)
+for own, mixed in both_ways(tiny, tokens, maps):
+    assert jnp.allclose(own, mixed, atol=1e-6)
+print("weights times values are the output of each attention layer")
 
 # %% [markdown]
 # **The induction score** of a head: at each position whose token has occurred before, how much weight lies on the successors of its earlier occurrences? Averaged over such positions, it is 1 for a perfect induction head. Olsson et al. call it prefix matching.
@@ -612,11 +634,12 @@ uniform = np.tri(7)[None, None, None] / np.arange(1, 8)[:, None]
 for name, weights in (("perfect", perfect), ("uniform", uniform)):
     print(f"{name} head: {induction_scores(weights, example)[0, 0]:.2f}")
 assert induction_scores(perfect, example) == 1
+assert abs(induction_scores(uniform, example)[0, 0] - (1 / 5 + 1 / 6 + 1 / 7) / 3) < 1e-6
 
 # %% [markdown]
 # ## 5 · The birth of an induction head
 #
-# Every ten steps of training we take a snapshot on 128 fresh rows: the loss where something can be known, and the scores of all heads.
+# Every ten steps we take a snapshot on 128 fresh rows: the loss where something can be known, and the scores of all heads.
 
 
 # %%
@@ -640,7 +663,7 @@ def snapshot(model: Llama, batch: dict[str, Int[np.ndarray, "B T"]]) -> dict:
 
 
 # %% [markdown]
-# Now the training, with the snapshots as `fit`'s evaluation. It takes some ten seconds.
+# Now the training, with the snapshots as `fit`'s evaluation.
 
 
 # %%
@@ -694,9 +717,9 @@ for arm, found in ends.items():
 # %% [markdown]
 # First the loss creeps down to 2.5 nats or more, as if the task were hard. Then, within some forty steps, two more nats are gone. It happens in every seed, though not at the same step. On the right, in the same steps, the scores jump: a previous-token head in layer 1, and *all four* heads of layer 2. Remember these four.
 #
-# One layer stays above 2 nats to the end. (It can still gain: exercise 1 computes what is possible for a model that only knows which tokens are in the block.) So our predictions held, but for the word plateau: it is a slope.
+# One layer stays above 2 nats to the end. (Exercise 1 computes what it can reach.) So our predictions held, but for the word plateau: it is a slope.
 #
-# Here are the maps, before and after.
+# The maps, before and after:
 
 # %%
 first, last = min(pictures), max(pictures)
@@ -720,7 +743,7 @@ print(f"induction score on this row, a block of 12 tokens: {score[0]:.1f}, then 
 #
 # ## 6 · Take it away
 #
-# A score is a correlation. To show that the head does the work, remove it. Head $h$ writes into the stream through its own $D_h$ columns of the output matrix; set these to zero, and the head still looks, but says nothing.
+# A score is a correlation. To show that the head does the work, remove it. Head $h$ writes into the stream through its own $D_h$ columns of the output matrix; set these to zero, and the head still looks, but says nothing. (Code counts from 0: `(1, 0)` is in layer 2.)
 
 
 # %%
@@ -760,9 +783,9 @@ for what in ("best 1", "best 2", "best 3", "best 4", "previous"):
     print(f"  without {what}: {min(found):.2f} to {max(found):.2f}")
 
 # %% [markdown]
-# The surprise of the chapter. Without the best induction head, whose score is near 0.9, *nothing* happens. Two removed cost a tenth of a nat, three about one. Layer 2 has four of them, each able to do much of the others' work, and only without the last the model falls apart: to 5 nats, far above the 2.2 of one layer and above the 3.5 of a uniform guess, since it was never trained to do without. So one half of our prediction was wrong. The previous-token head is harder to replace, but how much its removal costs depends on the seed.
+# The surprise of the chapter. Without the best induction head, whose score is near 0.9, *nothing* happens. Two removed cost a tenth of a nat, three about one. Layer 2 has four of them, each able to do much of the others' work, and only without the last the model falls apart: to 5 nats, far above the 2.2 of one layer and above the 3.5 of a uniform guess. So the prediction was wrong twice. The previous-token head does matter, but only one seed of five goes above 2 nats: 0.35 to 2.07.
 #
-# A head may be a perfect example of its kind and yet be dispensable. Whoever ablates one head and sees nothing has not shown that the mechanism is unimportant.
+# Whoever removes one head and sees nothing has not shown that the mechanism is unimportant.
 #
 # ## 7 · Tables that it has never seen
 #
@@ -803,6 +826,10 @@ def lookup_oracle(
     return 1 - unseen * (1 - 1 / n_values)
 
 
+# %%
+assert lookup_oracle(np.array(0)) == 1 / 8 and np.isclose(lookup_oracle(np.array(1)), 15 / 64)
+print("oracle at K = 4 and 20:", [f"{100 * lookup_oracle(n):.0f} %" for n in (4, 20)])
+
 # %% [markdown]
 # **Predict** the curve. Ours: a little below the oracle everywhere, nearer than 10 points at $K = 20$. And a control: the same network, trained on 32 *fixed* blocks instead of fresh ones. It can learn these by heart. Ours: it will, and know nothing of tables.
 
@@ -820,7 +847,6 @@ ax.set(xlabel="pairs of the table in the prompt, K", ylabel="right answers, %", 
 ax.legend(fontsize=8)
 fig.tight_layout()
 plt.show()
-print("oracle at K = 4 and 20:", [f"{100 * lookup_oracle(n):.0f} %" for n in (4, 20)])
 print(
     "live model within 10 points of the oracle at K = 20:",
     bool(abs(live[20] - lookup_oracle(20)) < 0.1),
@@ -834,7 +860,7 @@ print(
 # %% [markdown]
 # With $K = 4$ the model is right in 47 %, where nobody can have more than 49 %; with $K = 20$ in 89 % of 94 %. That is $K$-shot learning of functions, by a network that has never met one. Matching and copying is enough. At $K=0$ it has nothing, where the oracle guesses one of eight values: the model can't know which tokens are values. Where the last five points go we have not measured.
 #
-# The control has learned its 32 blocks by heart: no loss at all on them. On fresh ones it is at 8 nats, far worse than the 3.5 of a uniform guess, since it is sure of what it remembers. Same network, same number of steps, same loss; what differs is how many different blocks it saw. When remembering is possible it remembers. When it isn't, it learns to learn.
+# The control has learned its 32 blocks by heart: no loss at all on them. On fresh ones it is at 8 nats, far worse than the 3.5 of a uniform guess, since it is sure of what it remembers. When remembering is possible it remembers. When it isn't, it learns to learn.
 #
 # ## 8 · The heads of SmolLM2
 #
@@ -867,33 +893,41 @@ for at in np.argsort(-weights[second])[:2]:
     print(f"from the second ' be' to {pieces[at]!r}: {weights[second, at]:.2f}")
 
 # %% [markdown]
-# It does: the comma has nearly half of the weight, and the rest is on the very first token, where many heads of trained models rest when they have nothing to find.
+# It does: the comma has nearly half of the weight, the rest is on the very first token.
 #
 # **Predict** what happens without the best eight heads, 3 % of all. The control removes eight other heads of the same layers, three times. Ours: the loss on the second copy at least doubles, and $K=4$ loses more than 10 points on the kinds; the control does little. The 24 questions are asked again now, the rest is stored.
 
 # %%
-now, different = asked_again(ablate(smollm, top), "kinds, arrow, 4")
 row = kept["answers"]["induction"]
-clear = np.array(row["lead"][:24]) > 0.05
-assert (now == np.array([int(c) for c in row["chosen"][:24]]))[clear].all()
-print("removed now, the stored answers come back:", True)
-print(f"{'removed':12} {'second copy':>12} {'K = 4':>9}")
-print(
-    f"{'nothing':12} {kept['repeated']['none']:7.2f} nats {100 * ROWS['kinds, arrow, 4', 0]['accuracy']:7.1f} %"
-)
-for arm, answered in kept["answers"].items():
-    print(f"{arm:12} {kept['repeated'][arm]:7.2f} nats {100 * answered['accuracy']:7.1f} %")
+now, different = asked_again(ablate(smollm, top), "kinds, arrow, 4", row)
+print("without the eight, asked now: answers that differ from the stored ones:", different)
+assert different == 0
+whole = ROWS["kinds, arrow, 4", 0]
+right = stored_right("kinds, arrow, 4").astype(float)
+print("\nnats per id on both copies; right answers, answers changed (of 200), labels' probability:")
+names = ("removed", "copy 1", "copy 2", "K = 4", "changed", "labels")
+print("{:10} {:>9} {:>9} {:>9} {:>8} {:>7}".format(*names))
+for arm, answered in {"none": whole, **kept["answers"]}.items():
+    one, two = (f"{nats:.2f}" for nats in kept["repeated"][arm])
+    changed = sum(a != b for a, b in zip(answered["chosen"], whole["chosen"], strict=True))
+    share, mass = 100 * answered["accuracy"], 100 * answered["mass"]
+    print(f"{arm:10} {one:>9} {two:>9} {share:7.1f} % {changed:8} {mass:5.1f} %")
+for arm in ("induction", "others 2"):
+    chosen = kept["answers"][arm]["chosen"]
+    hit = [runs.LABELS["kinds"][int(c)] == y for c, (_, y) in zip(chosen, questions, strict=True)]
+    print(f"{arm}: a change of", ledger.interval(100 * (hit - right), "points", 1))
+print("weight on the examples' labels:", dict(zip(map(str, top), kept["on labels"], strict=True)))
 
 # %% [markdown]
-# Half of the prediction holds, and far more strongly than we thought: without these eight heads the second copy is at 12 nats, worse than a uniform guess among the 49,152 ids (10.8). All ability to repeat is gone, with 3 % of the heads. Removing others costs little.
+# One half of the prediction holds. Without these eight the second copy is at 11.9 nats. The first copy costs 14.2, with or without them: repeating was worth 11.5 nats and is worth 2.2 now. Four fifths are gone with 3 % of the heads; other heads cost 0.1 to 0.4.
 #
-# The other half is wrong. The few-shot answers do not change *at all*: 80.0 % before and after, while one of the three controls loses 10 points. Naming the kind of a new word isn't copying: "apple" isn't in the prompt, so there is no earlier copy to find. What has changed is the certainty that a label comes at all (the labels' share falls from 18 % to 9 %). That induction heads are behind repetition is shown here. That they are behind few-shot classification is not, for this model, this task and these eight.
+# The other half is wrong, and so is our word about the controls. The accuracy stays at 80.0 %; 17 answers change, as many as with other heads, and one of the three controls loses 10.5 points. The heads don't idle: the prompt ends in "→", which has four earlier copies, each followed by a label, and two of the eight put 85 % and 97 % of their weight on those labels (24 prompts). Our untested guess is that they raise labels as a group, while which label is right comes from elsewhere. That induction heads are behind repetition is shown here; that they are behind few-shot classification is not, for this task and these eight.
 #
 # ## 9 · What size buys, and what the recipe was
 #
-# GPT-3 is eight models of one family, from 125 million to 175 billion weights, all trained on 300 billion tokens. The paper's two claims about size: the validation loss falls smoothly, as a power law; and the gap between few-shot and zero-shot *grows* with size, so larger models make better use of their context (§1, Figures 1.2 and 1.3).
+# GPT-3 is eight models of one family, from 125 million to 175 billion weights, all trained on 300 billion tokens. The paper's two claims about size: *with enough training data* the validation loss should fall smoothly, approximately as a power law of the size (§2.1); and the gap between few-shot and zero-shot *grows* with size, so larger models make better use of their context (§1, Figures 1.2 and 1.3).
 #
-# The weights are quickly counted. A layer of width $D$ has four $D \times D$ matrices for attention and two of $4D \times D$ for the feed-forward part, so $N = 12\,L\,D^2$, without embeddings.
+# A layer of width $D$ has four $D \times D$ matrices for attention and two of $4D \times D$ for the feed-forward part, so $N = 12\,L\,D^2$, without embeddings.
 
 # %%
 print("175B: 96 layers, D = 12,288:", f"12·L·D² = {12 * 96 * 12_288**2 / 1e9:.1f} billion")
@@ -910,13 +944,13 @@ for layers, width, printed in ((12, 768, 0.125), (24, 1024, 0.35), (32, 4096, 6.
 # |---|---|---|
 # | optimiser | Adam, $\beta_1 = 0.9$, $\beta_2 = 0.95$, $\epsilon = 10^{-8}$ | AdamW; betas and ε not stated |
 # | clipping of the gradient's norm | 1.0 | not stated |
-# | weight decay | 0.1 | 0.1 × the learning rate, per step |
+# | weight decay | 0.1 | not stated (0.1 × the rate, per step, in the scaling-law runs, §3.2.1) |
 # | warm-up, linear | 375 million tokens | 8,000 steps |
 # | peak rate | $0.6 \cdot 10^{-4}$ | $8 \cdot 10^{-5}$ |
 # | cosine | to 10 % at 260 billion tokens, then constant | to 1 % at 1,200,000 steps |
 # | batch | from 32 thousand tokens, linearly to 3.2 million, over the first 4 to 12 billion tokens | 4 million tokens, doubled twice |
 #
-# One line hides another. Warm-up is counted in tokens while the batch grows. If the batch goes from $b_0$ to $b_1$ over $T$ tokens, the number of updates in the first $t$ tokens is
+# Warm-up is counted in tokens while the batch grows. If the batch goes from $b_0$ to $b_1$ over $T$ tokens, the number of updates in the first $t$ tokens is
 # $$ n(t) = \int_0^t \frac{d\tau}{b_0 + (b_1 - b_0)\,\tau / T} = \frac{T}{b_1-b_0}\,\ln\frac{b(t)}{b_0} . $$
 
 
@@ -946,7 +980,7 @@ print(
 # %% [markdown]
 # An eighth of a per cent of the tokens, five per cent of the updates (with a ramp of 12 billion tokens, the longest that the paper names). So that is how we scale it: warm-up over 5 % of the updates.
 #
-# **In miniature.** Five Llamas over bytes, of widths 12 to 80, see the same 1.2 million bytes of the plays: 600 steps of 16 windows of 128. Adam's constants, clipping, decay, warm-up (30 steps) and the cosine to 10 % are GPT-3's; the batch is constant. Rates fall with width, $0.32/D$, as GPT-3's do with size, though by another rule. Stored runs, three seeds per size. The smallest is trained again, now:
+# **In miniature.** Five Llamas over bytes, of widths 12 to 80, see the same 1.2 million bytes of the plays: 600 steps of 16 windows of 128. Adam's constants, clipping, decay, warm-up (30 steps) and the cosine to 10 % are GPT-3's; the batch is constant, and there is no tail at 10 %. Rates fall with width, $0.32/D$, as GPT-3's do with size, though by another rule. Stored runs, three seeds per size. The smallest is trained again, now:
 
 # %%
 now = runs.profile(runs.size_model("width 12", 0)).mean()
@@ -955,7 +989,7 @@ print("width 12, trained now: within 0.05 bits per byte of the stored run:", abs
 assert abs(now - kept) < 0.05
 
 # %% [markdown]
-# **Predict.** Ours, before any of these runs: a power law through the four smaller sizes predicts the largest within ±0.1 bits per byte, since four points on a curve this smooth leave little room; and the largest model gains more from context than the smallest. The gain of a model: its mean bits at positions 8 to 15 of a window, minus those at 64 to 127.
+# **Predict.** Ours, before any of these runs: a power law through the four smaller sizes predicts the largest within ±0.1 bits per byte, since four points on a curve this smooth leave little room; and the largest model gains more from context than the smallest. The gain of a model: the bits it saves on the same eight bytes by 65 to 72 bytes of context, instead of 9 to 16. (We had first compared positions 8 to 15 with 64 to 127. Those are different bytes; that noise was as large as the gains.)
 
 
 # %%
@@ -977,22 +1011,26 @@ WIDTHS, SEEDS = list(runs.SHAPES), (0, 1, 2)
 sizes = [ROWS[f"width {w}", 0]["weights"] for w in WIDTHS]
 loss = np.array([[ROWS[f"width {w}", s]["bits_per_byte"] for w in WIDTHS] for s in SEEDS])
 profiles = np.array([[ROWS[f"width {w}", s]["by_position"] for w in WIDTHS] for s in SEEDS])
-gain = profiles[..., 8:16].mean(-1) - profiles[..., 64:].mean(-1)
 laws = [power_law(sizes[:-1], row[:-1]) for row in loss]
 errors = [c * sizes[-1] ** -a - row[-1] for (a, c), row in zip(laws, loss, strict=True)]
 for i, size in enumerate(sizes):
-    print(
-        f"{size:7,} weights: {loss[:, i].mean():.3f} bits per byte, {gain[:, i].mean():.2f} gained from context"
-    )
+    print(f"{size:7,} weights: {loss[:, i].mean():.3f} bits per byte")
 print(f"exponents by seed: {[round(a, 3) for a, _ in laws]}")
 print("predicted minus measured loss of the largest:", [round(float(e), 2) for e in errors])
-print(
-    "gain of the largest minus that of the smallest:",
-    ledger.interval(gain[:, -1] - gain[:, 0], "bits per byte", 2),
-)
+gains = np.array(
+    [[ROWS[f"width {w}, gain", s]["gain"] for s in SEEDS] for w in (WIDTHS[0], WIDTHS[-1])]
+)  # size, seed, window
+smallest, largest = gains.mean(1)
+for what, found in (
+    ("smallest", smallest),
+    ("largest", largest),
+    ("largest minus smallest", largest - smallest),
+):
+    print(f"gain, {what}:", ledger.interval(found, "bits per byte"))
+print("the difference by seed:", np.round((gains[1] - gains[0]).mean(1), 3).tolist())
 
 # %% [markdown]
-# Left, the losses and the line through the four smaller sizes; right, what the context gives.
+# Left, the losses and the line through the four smaller sizes; right, the loss by position. The wiggles that all sizes share are the windows'.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -1008,7 +1046,7 @@ left.minorticks_off()
 left.legend(fontsize=8)
 smooth = np.unique(np.exp(np.linspace(0, np.log(127), 14)).astype(int))
 for i in (0, 2, 4):
-    means = [profiles[:, i, lo : hi + 1].mean() for lo, hi in zip(smooth, smooth[1:], strict=False)]
+    means = [profiles[:, i, lo:hi].mean() for lo, hi in zip(smooth, smooth[1:], strict=False)]
     right.semilogx(smooth[:-1] + 1, means, "o-", ms=3, label=f"{sizes[i]:,} weights")
 right.set(xlabel="position in the window", ylabel="bits per byte")
 right.legend(fontsize=8)
@@ -1017,9 +1055,9 @@ plt.show()
 print(f"power law, mean of the seeds: {c:.2f} · N^-{a:.3f}")
 
 # %% [markdown]
-# The first prediction isn't confirmed. The loss falls with size, but the largest model misses the line of the four smaller ones by a tenth of a bit, upwards in each of the three seeds; their interval is wider than our margin and reaches to both sides of it. Our guess is that the curve bends: all sizes saw the same 1.2 million bytes, far fewer per weight for the larger ones, and their rates follow one simple rule. Which of the two would bend it we have not separated. GPT-3's sizes all saw 300 billion tokens; chapter 22 will ask how many a size should see.
+# The first prediction isn't confirmed. The loss falls with size, but the largest model misses the line of the four smaller ones by a tenth of a bit, upwards in each of the three seeds; their interval reaches from well outside our margin to inside it: n = 3 can't decide. Our guess is that the curve bends: all sizes saw the same 1.2 million bytes, far fewer per weight for the larger ones (so perhaps not "enough"), and their rates follow one simple rule. Which of the two would bend it we have not separated. Chapter 22 asks how much text a size should see.
 #
-# The second holds. All gains are small, since these models are, but the largest gains more from the bytes before it than the smallest.
+# The second holds, by hundredths of a bit, in each seed. All gains are small.
 
 # %%
 #| claim S035
@@ -1030,7 +1068,7 @@ ledger.claim(
     "S035",
     section="GPT-3 §2.1, §3",
     claim="validation loss falls smoothly with size: a power law through four sizes predicts a fifth, "
-    "four times larger, at equal tokens; and 12·L·D² gives 174 billion weights for 175B (five small Llamas, 3 seeds)",
+    "four times larger, at equal tokens (five small Llamas, 3 seeds)",
     predicted=predicted,
     measured=measured,
     verdict=ledger.judge(predicted, measured),
@@ -1052,8 +1090,8 @@ predicted = ledger.within(0.02, "bits per byte")
 ledger.claim(
     "S036",
     section="GPT-3 App. B",
-    claim="GPT-3's recipe, stated in full, trains the mini models; its cosine to 10 % and Llama 3's "
-    "to 1 % end less than 0.02 bits per byte apart (600 steps, 5 seeds)",
+    claim="GPT-3's cosine to 10 % and Llama 3's to 1 % end less than 0.02 bits per byte apart "
+    "(600 steps, 5 seeds; constant batch, no constant tail)",
     predicted=predicted,
     measured=measured,
     verdict=ledger.judge(predicted, measured),
@@ -1089,7 +1127,7 @@ def bloom_places(
 words = [w for play in plays("train")[:4] for w in play.text.lower().split()]
 other = [w for play in plays("validation") for w in play.text.lower().split()]
 grams, asked = (sorted({" ".join(t[i : i + 8]) for i in range(len(t) - 7)}) for t in (words, other))
-bits = np.zeros(8 * len(grams), bool)  # one byte for each 8-gram
+bits = np.zeros(8 * len(grams), bool)
 bits[bloom_places(grams, len(bits), 4)] = True
 assert bits[bloom_places(grams, len(bits), 4)].all()
 assert not np.isin(asked, grams).any()  # the plays share no 8-gram: every hit is a false alarm
@@ -1099,7 +1137,7 @@ print(f"{len(grams):,} 8-grams put in, all found; {len(asked):,} others asked")
 print(f"false alarms: {100 * rate:.2f} %, planned {100 * planned:.2f} %")
 
 # %% [markdown]
-# With planned memory, one byte for each 8-gram of eight words, the only price is a known share of false alarms.
+# With one byte per 8-gram, if packed (NumPy's booleans take eight), the price is a known share of false alarms. GPT-2 planned at most one in $10^8$, which takes 38 bits per 8-gram at the best $k$, and asked for lower-case alphanumeric words; we plan one in 42, so that there is something to count.
 
 # %%
 #| claim S033
@@ -1116,7 +1154,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# GPT-3 did the same with **13-grams** (shorter ones where examples are short, at least 8) and removed, for its "clean" scores, each test item with such an overlap. A longer $n$ misses copies with a change every few words; a shorter one rings for common phrases. Exercise 2 plants both kinds. Contamination proper, what overlap does to a score, belongs to chapter 50.
+# GPT-3 looked for **13-grams** (shorter ones where examples are short, at least 8) and removed, for its "clean" scores, each test item with such an overlap. A longer $n$ misses copies with a change every few words; a shorter one rings for common phrases. Exercise 2 plants both kinds. Contamination proper, what overlap does to a score, belongs to chapter 50.
 #
 # **Keep rule.** For Common Crawl, GPT-3's authors trained a classifier on good pages, and kept a page if `np.random.pareto(9) > 1 - score`. NumPy's Pareto has $P(X > x) = (1+x)^{-9}$, so a page is kept with probability $(2 - \text{score})^{-9}$: surely at score 1, one in 38 at score ½, one in 512 at 0. It lets some odd pages in, on purpose.
 
@@ -1146,15 +1184,17 @@ for what, scored in (("space in the answer", healthy), ("space in the question",
     print(
         f"{what:22} {(scored.argmax(1) == answers[:24]).sum()} of 24 right, labels have {100 * mass:.0f} %"
     )
+lost = (healthy.argmax(1) == answers[:24]) & (broken.argmax(1) != answers[:24])
+print("lost:", [questions[i][1] for i in np.flatnonzero(lost)])
 whole = tokenizer.encode(written[0] + "fruit")
 print("border kept:", whole[:-1] == tokenizer.encode(written[0]))
 
 # %% [markdown]
-# Nothing crashes, the prompt looks the same, and eight of nineteen right answers are gone. The labels' probability tells: it falls from 14 % to nothing. The last line is the check. The ids of the prompt must be the beginning of the ids of prompt and answer; here they aren't, as the tokenizer joins the space with the word. `choice_ids` of chapter 15 takes care of it for whole choices; `label_log_probs` trusts the template.
+# Nothing crashes, the prompt looks the same, and eight of nineteen right answers are gone. Three of these are *sport* or *clothing*, two tokens each without their space: only "s" and "cl" are scored. The labels' probability tells: it falls from 14 % to nothing. The last line is the check: the ids of the prompt must be the beginning of the ids of prompt and answer; here they aren't, as the tokenizer joins the space with the word. `choice_ids` of chapter 15 takes care of it for whole choices; `label_log_probs` trusts the template.
 #
 # ## Notes on the sources
 #
-# **Brown et al. 2020 (GPT-3).** Few-shot beats zero-shot (§3): reproduced on two tasks with a model 1,300 times smaller, and seen to depend on template, labels and order, of which the paper says little. Loss falls smoothly with size; more use of context by larger models: section 9. The recipe of Appendix B is complete but for the length of the batch's ramp, 4 to 12 billion tokens "depending on the model size". Table 2.1 isn't consistent in itself: for XL it prints 24 heads of 128 with $D = 2048$, for 13B 40 heads of 128 with $D = 5140$. A bug in the filter left some overlap in the training set, and the cost of training forbade a repetition; the paper says so.
+# **Brown et al. 2020 (GPT-3).** Few-shot beats zero-shot (§3): by 46 points where $K=0$ asks nothing; by 8.5 and 4.5 where an instruction does, which is GPT-3's zero-shot; in a model 1,300 times smaller. It depends on template, labels and order, of which the paper says little. Loss and use of context against size: section 9. The recipe of Appendix B is complete but for the length of the batch's ramp, 4 to 12 billion tokens "depending on the model size". Table 2.1 isn't consistent in itself: for XL it prints 24 heads of 128 with $D = 2048$, for 13B 40 heads of 128 with $D = 5140$. A bug in the filter left some overlap in the training set.
 #
 # **Radford et al. 2019 (GPT-2), §4.** 8-gram Bloom filters for overlap: the rate of false alarms is the planned one.
 #
@@ -1243,6 +1283,7 @@ print(f"exercise 4: k = {best}, {100 * rates[best]:.2f} % false alarms")
 # - S. Garg et al., *What Can Transformers Learn In-Context? A Case Study of Simple Function Classes*, 2022, arXiv 2208.01066.
 # - S. Min et al., *Rethinking the Role of Demonstrations: What Makes In-Context Learning Work?*, 2022, arXiv 2202.12837.
 # - Y. Lu et al., *Fantastically Ordered Prompts and Where to Find Them*, 2022, arXiv 2104.08786.
+# - K. M. Yoo et al., *Ground-Truth Labels Matter: A Deeper Look into Input-Label Demonstrations*, 2022, arXiv 2205.12685.
 # - R. Child et al., *Generating Long Sequences with Sparse Transformers*, 2019, arXiv 1904.10509.
 # - Llama Team, *The Llama 3 Herd of Models*, 2024, arXiv 2407.21783, §3.2.1, §3.4.1.
 #

@@ -130,14 +130,14 @@ class WordPiece:
     ) -> tuple[list[int], list[int]]:
         """[CLS] text [SEP], or [CLS] text [SEP] second [SEP]: the ids, and 0 or 1 for the segment.
 
-        Cut to max_len ids: of one text the end goes, of two the end of the longer, piece by piece.
+        Cut to max_len ids: of one text the end goes, of two the end of the longer (if equal, the second), piece by piece.
         Raises ValueError if max_len leaves no room for the special ids.
         """
         parts = [self.pieces(t) for t in (text, second) if t is not None]
         if max_len < 1 + len(parts):
             raise ValueError(f"max_len={max_len} is below the {1 + len(parts)} special ids")
         while sum(map(len, parts)) > max_len - 1 - len(parts):
-            max(parts, key=len).pop()
+            max(reversed(parts), key=len).pop()
         ids, segments = [self.cls_id], [0]
         for segment, part in enumerate(parts):
             ids += [*part, self.sep_id]
@@ -156,7 +156,7 @@ def mask_tokens(
     Each ordinary token is chosen with probability `rate`; of the chosen 80 % become [MASK], 10 % any
     id of the vocabulary, 10 % stay. Special ids and [UNK] are never chosen. Devlin et al. 2019, §3.1.
     """
-    special = [i for i, piece in enumerate(wordpiece.vocabulary) if piece[0] + piece[-1] == "[]"]
+    special = [i for i, piece in enumerate(wordpiece.vocabulary) if piece[:1] + piece[-1:] == "[]"]
     chosen = (random.random(tokens.shape) < rate) & ~np.isin(tokens, special)
     fate = random.random(tokens.shape)
     anything = random.integers(0, wordpiece.vocab_size, tokens.shape)
@@ -167,6 +167,8 @@ def mask_tokens(
 
 def common_words(plays: Iterable[Play], size: int) -> WordPiece:
     """A WordPiece of `size` ids: the five special ones, then the commonest words of the plays, whole."""
+    if size < 6:
+        raise ValueError(f"size={size} leaves no word beside the five special ids; at least 6")
     text = " ".join(line for play in plays for line in spoken_lines(play))
     words, counts = np.unique(split_words(text), return_counts=True)
     common = words[np.lexsort((words, -counts))][: size - 5]
@@ -482,7 +484,7 @@ class BertWithHead(eqx.Module):
 def best_span(scores: Float[np.ndarray, "2 T"], longest: int = 8) -> tuple[int, int]:
     """The first and last token, first ≤ last < first + longest, whose scores have the largest sum.
 
-    Source: Devlin et al. 2019, §4.2.
+    Source: Devlin et al. 2019, §4.2; the cap on the length is ours.
     """
     start, end = np.asarray(scores)
     sums = start[:, None] + end[None]
@@ -552,11 +554,14 @@ def count_words(
 class NaiveBayes:
     """Multinomial naive Bayes: p(class) ∏ p(word | class)^count, add-one smoothing.
 
-    `counts` (N, V) as `count_words` gives them, `labels` (N,) from 0 up. Source: SLP3, naive Bayes.
+    `counts` (N, V) as `count_words` gives them, `labels` (N,) from 0 up; ValueError if one has no text.
+    Source: SLP3, naive Bayes.
     """
 
     def __init__(self, counts: sparse.csr_array, labels: Int[np.ndarray, " N"]):
         member = np.eye(labels.max() + 1)[labels]
+        if not member.any(axis=0).all():
+            raise ValueError(f"no text of class {int(member.any(axis=0).argmin())}")
         self.log_prior = np.log(member.mean(axis=0))
         words = (counts.T @ member).T + 1.0
         self.log_word = np.log(words) - np.log(words.sum(axis=1, keepdims=True))
@@ -584,7 +589,7 @@ def load_bert(folder: str | Path) -> tuple[Bert, WordPiece]:
     """A BERT and its tokenizer from a Hugging Face folder: config.json, model.safetensors, vocab.txt.
 
     Raises ValueError for another architecture, an activation other than the exact GELU, a cased
-    tokenizer, or tensors that don't fit; FileNotFoundError for a missing file.
+    tokenizer, or tensors or a vocabulary that don't fit; FileNotFoundError for a missing file.
     """
     folder = Path(folder)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -605,7 +610,11 @@ def load_bert(folder: str | Path) -> tuple[Bert, WordPiece]:
         eps=raw["layer_norm_eps"],
     )
     bert = bert_from_tensors(config, load_file(folder / "model.safetensors"))
-    return bert, WordPiece((folder / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1])
+    pieces = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    wordpiece = WordPiece(pieces)
+    if wordpiece.vocab_size != config.vocab_size:
+        raise ValueError(f"{wordpiece.vocab_size} pieces for vocab_size={config.vocab_size}")
+    return bert, wordpiece
 
 
 def minilm_path() -> Path:
@@ -625,9 +634,10 @@ def embed_sentences(
 ) -> Float[np.ndarray, "N D"]:
     """A vector of length 1 for each text: the mean over its tokens, [CLS] and [SEP] included, normalised.
 
-    Texts are cut to max_len tokens; the default is what all-MiniLM-L6-v2's pipeline does. They are
+    Texts are cut to max_len tokens, or the encoder's; the default is what all-MiniLM-L6-v2's pipeline does. They are
     sorted by length, so the work is in batches of one padded length; the rows come back in order.
     """
+    max_len = min(max_len, bert.config.max_len)
     encoded = [wordpiece.encode(text, max_len=max_len)[0] for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     found = np.zeros((len(texts), bert.config.dim), np.float32)
@@ -659,7 +669,7 @@ def bm25_weights(counts: sparse.csr_array, k1: float = 1.2, b: float = 0.75) -> 
     frequency = np.bincount(counts.indices, minlength=counts.shape[1])
     idf = np.log(1 + (n - frequency + 0.5) / (frequency + 0.5))
     length = counts.sum(axis=1)
-    norm = k1 * (1 - b + b * length / length.mean())
+    norm = k1 * (1 - b + b * length / max(length.mean(), 1e-12))
     row = np.repeat(np.arange(n), np.diff(counts.indptr))
     weights = counts.copy()
     weights.data = idf[counts.indices] * counts.data * (k1 + 1) / (counts.data + norm[row])
@@ -768,6 +778,8 @@ def next_choices(found: Sequence[Passage], seed: int = 0) -> list[Choice]:
     random, everything = np.random.default_rng(seed), np.arange(len(found))
     homes = np.array([passage.play for passage in found])
     inside = {home: everything[homes == home] for home in sorted(set(homes.tolist()))}
+    if len(inside) < 2 or min(map(len, inside.values())) < 3:
+        raise ValueError("next_choices needs two plays or more, each of at least three passages")
     choices = []
     for i, (one, two) in enumerate(zip(found[:-1], found[1:], strict=True)):
         if (one.play, one.scene) != (two.play, two.scene):

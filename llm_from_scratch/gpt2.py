@@ -88,6 +88,8 @@ def numpy_gpt2(
     ids: Sequence[int], w: Mapping[str, np.ndarray], n_heads: int
 ) -> Float[np.ndarray, "T V"]:
     """The logits of what follows each of `ids`, from the arrays of a published GPT-2 by name."""
+    if not 0 < len(ids) <= len(w["wpe.weight"]):
+        raise ValueError(f"{len(ids)} tokens; need 1 to {len(w['wpe.weight'])}")
     x = w["wte.weight"][list(ids)] + w["wpe.weight"][: len(ids)]
     for i in range(sum(name.endswith("ln_1.weight") for name in w)):
         x = block(x, w, f"h.{i}", n_heads)
@@ -124,6 +126,8 @@ def empty_cache(w: Mapping) -> list[list[np.ndarray]]:
 
 def cached_greedy(ids: Sequence[int], w: Mapping, n_heads: int, count: int) -> list[int]:
     """As `greedy`, each token read once."""
+    if not len(ids):
+        raise ValueError("0 tokens; need at least 1")
     cache, written = empty_cache(w), []
     for token in ids:
         logits = step(token, w, n_heads, cache)
@@ -153,10 +157,12 @@ class GPT2Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}={value} must be a whole number of at least 1")
+            object.__setattr__(self, name, int(value))
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} does not divide dim={self.dim}")
-        if not 0 < self.norm_eps < 1:
+        if not isinstance(self.norm_eps, float | np.floating) or not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps={self.norm_eps} must be between 0 and 1")
+        object.__setattr__(self, "norm_eps", float(self.norm_eps))
 
 
 GPT2_CONFIGS = {
@@ -233,12 +239,12 @@ class Block(eqx.Module):
 class GPT2(eqx.Module):
     """A causal language model with learned positions and a tied head; batch-free: vmap it.
 
-    No dropout. Norms and softmax in fp32. Raises ValueError for more tokens than config.max_seq_len.
+    No dropout. Norms and softmax in fp32. Raises ValueError for no token, or more than max_seq_len.
     Source: Radford et al. 2019, §2.3.
     """
 
     embedding: Float[Array, "V D"]
-    positions: Float[Array, "L D"]
+    positions: Float[Array, "S D"]
     blocks: tuple[Block, ...]
     norm: LayerNorm
     config: GPT2Config = eqx.field(static=True)
@@ -255,8 +261,10 @@ class GPT2(eqx.Module):
 
     def stream(self, tokens: Int[Array, " T"]) -> Iterator[Float[Array, "T D"]]:
         """The stream after the embedding and after each block."""
-        if len(tokens) > self.config.max_seq_len:
-            raise ValueError(f"{len(tokens)} tokens, but max_seq_len={self.config.max_seq_len}")
+        if not 0 < len(tokens) <= self.config.max_seq_len:
+            raise ValueError(
+                f"{len(tokens)} tokens; need 1 to max_seq_len={self.config.max_seq_len}"
+            )
         x = self.embedding[tokens] + self.positions[: len(tokens)]
         yield x
         for block in self.blocks:
@@ -394,13 +402,16 @@ def load_gpt2(folder: str | Path) -> GPT2:
     return from_published(config, load_file(weights), str(weights))
 
 
-def save_gpt2(folder: str | Path, model: GPT2) -> None:
-    """Write the folder that `load_gpt2` and transformers' `GPT2LMHeadModel.from_pretrained` read."""
+def save_gpt2(folder: str | Path, model: GPT2, eos: int | None = None) -> None:
+    """Write the folder that `load_gpt2` and transformers' `GPT2LMHeadModel.from_pretrained` read.
+
+    `eos`: the id of the end-of-text token, for config.json (its bos, too); a `GPT2` doesn't know it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {theirs: getattr(model.config, ours) for theirs, ours in CONFIG_NAMES.items()}
     config |= {name: values[0] for name, values in CONFIG_FIXED.items()}
-    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": None, "eos_token_id": None}
+    config |= {"architectures": ["GPT2LMHeadModel"], "bos_token_id": eos, "eos_token_id": eos}
     arrays = {f"transformer.{k}": np.ascontiguousarray(v) for k, v in published(model).items()}
     write_durably(folder / "config.json", json.dumps(config, indent=1).encode())
     write_durably(folder / "model.safetensors", safetensors_bytes(arrays, {"format": "pt"}))
@@ -464,7 +475,7 @@ class Classifier(eqx.Module):
         self.weight = 0.02 * jax.random.normal(key, (classes, trunk.config.dim))
 
     def __call__(self, tokens: Int[Array, " T"], length: Int[Array, ""]) -> Float[Array, " C"]:
-        """The classes' logits; `length` tokens count, what follows them is padding."""
+        """The classes' logits; 1 ≤ `length` ≤ T (not checked) tokens count, the rest is padding."""
         last = self.trunk.hidden(tokens)[length - 1]
         return self.weight @ last + self.bias
 

@@ -35,7 +35,7 @@ class Template:
     """How a task is written down: an instruction, and the forms of a question and of an answer.
 
     `question` and `answer` hold one pair of braces each. The answer follows the question directly: it
-    should begin with a space, as tokens do. Raises ValueError for forms without such a place.
+    should begin with a space, as tokens do. Raises ValueError for forms without such a place, or with more.
     """
 
     question: str
@@ -44,8 +44,9 @@ class Template:
 
     def __post_init__(self):
         for name in ("question", "answer"):
-            if getattr(self, name).count("{}") != 1:
-                raise ValueError(f"{name} must hold one {{}}, got {getattr(self, name)!r}")
+            form = getattr(self, name)
+            if form.count("{}") != 1 or form.count("{") + form.count("}") != 2:
+                raise ValueError(f"{name} must hold one {{}} and no other brace, got {form!r}")
 
 
 def few_shot(template: Template, examples: Sequence[tuple[str, str]], query: str) -> str:
@@ -145,8 +146,11 @@ def label_log_probs(
     """Log-probability in nats of each label's first token, right after each prompt.
 
     Prompts are padded on the right to `width` tokens (default: the longest, rounded up to 16). Raises
-    ValueError for labels that begin with the same token, and for a prompt longer than `width`.
+    ValueError for no prompts, for labels that are empty or begin with the same token, and for a prompt
+    longer than `width`.
     """
+    if not prompts or not all(labels):
+        raise ValueError(f"need a prompt, and no empty label; got {len(prompts)}, {list(labels)}")
     first = [tokenizer.encode(label)[0] for label in labels]
     if len(set(first)) != len(labels):
         raise ValueError(f"two labels begin with the same token: {list(labels)}")

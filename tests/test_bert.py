@@ -121,6 +121,8 @@ def test_order_batch_and_padding_do_not_matter():
     backward = bert.embed_sentences(model, SMALL, texts[::-1], max_len=64, batch=2)[::-1]
     alone = bert.embed_sentences(model, SMALL, texts[:1], max_len=64, batch=2)
     assert np.abs(forward - backward).max() < 1e-5 and np.abs(forward[0] - alone[0]).max() < 1e-5
+    longer = bert.embed_sentences(model, SMALL, texts, batch=4)  # 256 by default, the model has 64
+    assert np.abs(forward - longer).max() < 1e-5
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -137,6 +139,13 @@ def test_one_array_for_input_and_output_words():
     model = MaskedLM(TINY, key=jax.random.key(0))
     shapes = [leaf.shape for leaf in jax.tree.leaves(model)]
     assert shapes.count((40, 16)) == 1
+
+
+def small_arrays():
+    """The arrays of a random Bert of TINY's shape, each with its path."""
+    leaves = jax.tree_util.tree_flatten_with_path(Bert(TINY, key=jax.random.key(0)))[0]
+    for path, leaf in leaves:
+        yield jax.tree_util.keystr(path, simple=True, separator="."), np.asarray(leaf)
 
 
 def test_load_refuses_what_it_cannot_be(tmp_path):
@@ -157,6 +166,12 @@ def test_load_refuses_what_it_cannot_be(tmp_path):
         with_config()
     with pytest.raises(ValueError, match="no BERT with GELU"):
         with_config(hidden_act="relu")
+    weights = {bert.hugging_face_names(TINY)[name]: x for name, x in small_arrays()}
+    save_file(weights, folder / "model.safetensors")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"intermediate_size": 24, "max_position_embeddings": 12}
+    with pytest.raises(ValueError, match="30522 pieces for vocab_size=40"):
+        with_config(vocab_size=40, **shape)
     with pytest.raises(ValueError, match="no BERT with GELU"):
         with_config(model_type="roberta")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
@@ -193,7 +208,8 @@ def test_pairs_and_truncation(minilm, reference):
     theirs = reference.encode(first, second)
     assert (ids, segments) == (theirs.ids, theirs.type_ids)
     ids, segments = minilm[1].encode(first, second, max_len=10)
-    assert len(ids) == len(segments) == 10 and segments.count(1) == 5
+    assert len(ids) == len(segments) == 10 and segments.count(1) == 4
+    assert ids[:6] == theirs.ids[:5] + [theirs.ids[-1]]  # a tie: the second text goes first
     assert minilm[1].encode("[SEP]")[0].count(minilm[1].sep_id) == 1
 
 
@@ -204,6 +220,8 @@ def test_longest_pieces_by_hand():
 
 
 def test_bad_vocabularies_and_lengths():
+    with pytest.raises(ValueError, match="size=5 leaves no word"):
+        bert.common_words([], 5)
     with pytest.raises(ValueError, match="come twice"):
         WordPiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "a"])
     with pytest.raises(ValueError, match="lacks .MASK."):
@@ -323,6 +341,8 @@ def test_naive_bayes_is_scikit_learns():
     counts, labels = sparse_counts(), np.array(COUNTS["labels"])
     model = NaiveBayes(counts[:9], labels[:9])
     assert np.abs(model.scores(counts) - COUNTS["naive_bayes"]).max() < 1e-9
+    with pytest.raises(ValueError, match="no text of class 1"):
+        NaiveBayes(counts[:2], np.array([0, 2]))
 
 
 def test_tf_idf_is_scikit_learns():
@@ -338,6 +358,7 @@ def test_bm25_is_rank_bm25s():
         assert np.abs(index.scores(query) - scores).max() < 1e-9
     with pytest.raises(ValueError, match="at least one text"):
         BM25([])
+    assert BM25(["", "!"]).scores("to be").tolist() == [0, 0]
 
 
 def test_counts_drop_unknown_words():
@@ -363,8 +384,15 @@ def test_passages_are_all_the_lines_and_stay_in_their_scene():
     found = bert.passages(play)
     assert [line for p in found for line in p.lines] == bert.spoken_lines(play)
     assert max(len(p.lines) for p in found) == 8
-    for choice in bert.next_choices(found + bert.passages(datasets.plays("validation")[1])):
-        assert choice.same_play not in (choice.first, choice.true)
+    both = found + bert.passages(datasets.plays("validation")[1])
+    for choice in bert.next_choices(both):
+        home = both[choice.first]
+        assert (home.play, home.scene) == (both[choice.true].play, both[choice.true].scene)
+        assert choice.true == choice.first + 1 != choice.same_play != choice.first
+        assert both[choice.same_play].play == home.play != both[choice.other_play].play
+    for few in (found, both[: len(found) + 2]):
+        with pytest.raises(ValueError, match="needs two plays or more"):
+            bert.next_choices(few)
     assert bert.rank_of(np.array([0.3, 0.9, 0.3]), 0) == 3
 
 
@@ -380,6 +408,7 @@ def test_stored_encoders_have_one_shape():
     assert len({row["parameters"] for row in STORED["rows"]}) == 1
     assert all([row["seed"] for row in rows(arm)] == [0, 1, 2] for arm in arms)
     assert all(len(row["loss"]) == 61 for arm in arms[:3] for row in rows(arm))
+    assert all(row["at_mask"] < row["accuracy"] for arm in arms[:2] for row in rows(arm))
 
 
 def test_search_is_complete():
@@ -387,3 +416,4 @@ def test_search_is_complete():
     assert len(queries) == 400 and len({q["passage"] for q in queries}) == 400
     assert all(len(q["bm25"]) == len(q["dense"]) == 5 for q in queries)
     assert len(STORED["search"]["next"]) == 38 and len(STORED["search"]["alone"]) == 400
+    assert len(STORED["search"]["alone_cosine"]) == 400

@@ -191,7 +191,7 @@ def test_few_shot_prompt():
     template = Template("Q {}\nA", " {}\n", "Sort.\n")
     assert few_shot(template, [], "x") == "Sort.\nQ x\nA"
     assert few_shot(template, [("a", "b")], "x") == "Sort.\nQ a\nA b\nQ x\nA"
-    for wrong in (("Q", "{}"), ("{}", "{} {}")):
+    for wrong in (("Q", "{}"), ("{}", "{} {}"), ("{x} {}", " {}"), ("{}", "{} }")):
         with pytest.raises(ValueError, match="must hold one"):
             Template(*wrong)
 
@@ -219,6 +219,9 @@ def test_label_log_probs_are_the_models(tiny):
 def test_label_log_probs_refuse(tiny):
     with pytest.raises(ValueError, match="same token"):
         icl.label_log_probs(tiny, BYTES, ["a"], ["xy", "xz"])
+    for prompts, labels in (([], ["x", "y"]), (["a"], ["x", ""])):
+        with pytest.raises(ValueError, match="need a prompt"):
+            icl.label_log_probs(tiny, BYTES, prompts, labels)
     with pytest.raises(ValueError, match="does not fit width=4"):
         icl.label_log_probs(tiny, BYTES, ["abcdef"], ["x", "y"], width=4)
 

@@ -2,7 +2,8 @@
 
 `python tools/bert_runs.py` makes what is missing (some twenty minutes of two cores' work from nothing): three seeds of small
 encoders pre-trained in three ways and fine-tuned, then all passages of the plays through all-MiniLM-L6-v2 for
-search, next-passage choice and the map. `--part search` or `--part encoders` makes one part again.
+search, next-passage choice and the map. `--part search` or `--part encoders` makes one part again; `--part lacking`
+makes runs again only for fields that their rows lack.
 """
 
 import argparse
@@ -147,10 +148,9 @@ def tune_tagger(bert, train, seed):
         return {"tokens": train[0][rows], "labels": train[1][rows]}
 
     model = BertWithHead(bert, 2, key=jax.random.fold_in(jax.random.key(seed), 1))
-    state, _ = fit(
-        model, tag_loss, batches, optimizer(TUNE_STEPS, TUNE_RATE), steps=TUNE_STEPS, seed=seed
-    )
-    return state.model
+    schedule = optimizer(TUNE_STEPS, TUNE_RATE)
+    state, log = fit(model, tag_loss, batches, schedule, steps=TUNE_STEPS, seed=seed, log_every=20)
+    return state.model, [round(r["loss"], 3) for r in log]
 
 
 def tune_span(bert, wordpiece, seed):
@@ -166,37 +166,59 @@ def tune_span(bert, wordpiece, seed):
     return 100 * float((np.array(found) == test["labels"]).all(axis=1).mean())
 
 
-def encoder_row(arm, seed, wordpiece, train, held_out):
+def pretrained(arm, seed, wordpiece, train, held_out):
+    """The arm's model, and what is measured before any fine-tuning."""
     objective, causal = ARMS.get(arm, ("masked", False))
     config = BertConfig(**SHAPE, causal=causal)
     model, row = MaskedLM(config, key=jax.random.key(seed)), {}
-    if arm in ARMS:
-        batches = Windows(train[0], wordpiece, BATCH, objective, seed)
-        state, log = fit(
-            model,
-            masked_loss,
-            batches,
-            optimizer(STEPS, RATE),
-            steps=STEPS,
-            seed=seed,
-            log_every=20,
+    if arm not in ARMS:
+        return model, row
+    batches = Windows(train[0], wordpiece, BATCH, objective, seed)
+    state, log = fit(
+        model, masked_loss, batches, optimizer(STEPS, RATE), steps=STEPS, seed=seed, log_every=20
+    )
+    row["loss"] = [round(r["loss"], 3) for r in log]
+    if objective == "masked":
+        inputs, labels = mask_tokens(held_out[0], wordpiece, np.random.default_rng(0))
+    else:
+        inputs, labels = (
+            held_out[0],
+            Windows(held_out[0], wordpiece, 1, "next").following(held_out[0]),
         )
-        model = state.model
-        row["loss"] = [round(r["loss"], 3) for r in log]
-        if objective == "masked":
-            inputs, labels = mask_tokens(held_out[0], wordpiece, np.random.default_rng(0))
-        else:
-            inputs, labels = (
-                held_out[0],
-                Windows(held_out[0], wordpiece, 1, "next").following(held_out[0]),
-            )
-        right = np.asarray(guesses(model, inputs)) == labels
-        row["accuracy"] = 100 * float(right[labels >= 0].mean())
+    right = np.asarray(guesses(state.model, inputs)) == labels
+    row["accuracy"] = 100 * float(right[labels >= 0].mean())
+    if objective == "masked":
+        row["at_mask"] = 100 * float(right[(labels >= 0) & (inputs == wordpiece.mask_id)].mean())
+    return state.model, row
+
+
+def encoder_row(arm, seed, wordpiece, train, held_out):
+    model, row = pretrained(arm, seed, wordpiece, train, held_out)
     row["parameters"] = count_parameters(model)
-    row["f1"] = f1(np.asarray(tags(tune_tagger(model.bert, train, seed), held_out[0])), held_out[1])
-    if not causal:
+    tagger, losses = tune_tagger(model.bert, train, seed)
+    row["f1"] = f1(np.asarray(tags(tagger, held_out[0])), held_out[1])
+    if arm not in ARMS:
+        row["tune_loss"] = losses
+    if not model.bert.config.causal:
         row["span"] = tune_span(model.bert, wordpiece, seed)
     return row
+
+
+def lacking(rows, write):
+    """Add what older rows lack, by the same runs: the stored losses and F1 must come out."""
+    parts = data()
+    for (arm, seed), row in rows.items():
+        if "at_mask" not in row and ARMS.get(arm, ("",))[0] == "masked":
+            again = pretrained(arm, seed, *parts)[1]
+            gap = np.abs(np.subtract(again["loss"], row["loss"])).max()
+            print(arm, seed, f"accuracy {row['accuracy']:.2f}, again", again, gap, flush=True)
+            row["at_mask"] = again["at_mask"]
+            write()
+        elif "tune_loss" not in row and arm not in ARMS:
+            again = encoder_row(arm, seed, *parts)
+            print(arm, seed, row, again, flush=True)
+            row["tune_loss"] = again["tune_loss"]
+            write()
 
 
 def encoders(rows, write):
@@ -235,14 +257,17 @@ def choose_queries(found):
 
 
 def alone(found, queries, bert, wordpiece):
-    """The ranks of MiniLM among the queries' 400 passages, when only exchanged words are asked for."""
+    """MiniLM's ranks among the queries' 400 passages, when only exchanged words are asked for, and the cosines."""
     targets = [found[query["passage"]] for query in queries]
     said = [
         " ".join(t.lines[q["line"] : q["line"] + 2]) for t, q in zip(targets, queries, strict=True)
     ]
     known = embed_sentences(bert, wordpiece, [target.text for target in targets])
     asked = embed_sentences(bert, wordpiece, [exchanged(text) for text in said])
-    return [rank_of(known @ vector, i) for i, vector in enumerate(asked)]
+    return {
+        "alone": [rank_of(known @ vector, i) for i, vector in enumerate(asked)],
+        "alone_cosine": (known * asked).sum(axis=1).astype(float).round(4).tolist(),
+    }
 
 
 def search():
@@ -271,7 +296,7 @@ def search():
         right[found[first].play].append((cosine[0] > cosine[1:]).tolist())
     choice = {play: (100 * np.mean(r, axis=0)).round(2).tolist() for play, r in right.items()}
     kept = {"conditions": list(texts), "queries": queries, "next": choice}
-    return found, vectors, kept | {"alone": alone(found, queries, bert, wordpiece)}
+    return found, vectors, kept | alone(found, queries, bert, wordpiece)
 
 
 def scene_vectors(found, vectors):
@@ -298,7 +323,7 @@ def keep_map(found, vectors):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--part", choices=("search", "alone", "encoders"), help="only this part, afresh"
+        "--part", choices=("search", "alone", "encoders", "lacking"), help="only this part, afresh"
     )
     part = parser.parse_args().part
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
@@ -312,6 +337,7 @@ def main():
         settings |= {
             "tune_windows": TUNE_WINDOWS,
             "tune_steps": TUNE_STEPS,
+            "tune_rate": TUNE_RATE,
             "span_steps": SPAN_STEPS,
         }
         head = f'{{"command": "{COMMAND}",\n "settings": {json.dumps(settings)},\n "rows": [\n'
@@ -323,9 +349,11 @@ def main():
     if part == "alone":
         found = [passage for play in plays() for passage in passages(play)]
         queries = stored["search"]["queries"]
-        stored["search"]["alone"] = alone(found, queries, *load_bert(minilm_path()))
+        stored["search"] |= alone(found, queries, *load_bert(minilm_path()))
         write()
         return
+    if part == "lacking":
+        return lacking(rows, write)
     if part != "encoders" and (part == "search" or not stored.get("search")):
         found, vectors, stored["search"] = search()
         stored["search"]["spread_kept"] = keep_map(found, vectors)

@@ -1,7 +1,7 @@
 """Make chapter 16's stored runs: tiny models, sizes, and SmolLM2's answers, into results/in_context_learning.json.
 
 `python tools/in_context_learning_runs.py` makes the rows that are missing (about half an hour on two cores from
-nothing), `--part NAME` one part of tiny, sizes, answers, orders, heads; `--fresh` makes them again. Chapter 16
+nothing), `--part NAME` one part of tiny, sizes, gains, answers, orders, heads; `--fresh` makes them again. Chapter 16
 reads the file and makes a slice of it again.
 """
 
@@ -55,11 +55,6 @@ TINY_SEEDS = (0, 1, 2, 3, 4)
 FRESH = RepeatedBatches(batch=128, seed=10_000)(0)  # blocks that no training has seen
 
 
-def best_head(scores):
-    """(layer, head) of the largest score."""
-    return tuple(int(i) for i in np.unravel_index(np.argmax(scores), np.shape(scores)))
-
-
 def lookup_accuracy(model, n=512):
     """Share of right answers, among all ids, after 0, 1, 2, … pairs of a random table."""
     tokens, _ = lookup_rows(n)
@@ -77,8 +72,11 @@ def tiny_row(arm, seed):
 
     model, _ = train_tiny(n_layers, seed, pool=pool, evaluate=watch, eval_every=10)
     induction, previous = shots[-1]["induction"], shots[-1]["previous"]
-    last = [(n_layers - 1, int(head)) for head in np.argsort(-induction[-1])]
-    removed = {f"best {n}": last[:n] for n in (1, 2, 3, 4)} | {"previous": [best_head(previous)]}
+    removed = {}
+    if arm == "two layers":
+        last = [(1, int(head)) for head in np.argsort(-induction[1])]
+        removed = {f"best {n}": last[:n] for n in (1, 2, 3, 4)}
+        removed["previous"] = [(0, int(np.argmax(previous[0])))]
     own = RepeatedBatches(batch=128, pool=pool, seed=seed)(10_000)
     return {
         "loss": rounded([shot["loss"] for shot in shots]),
@@ -137,7 +135,7 @@ def bits(model, batch):
 
 
 def size_model(name, seed):
-    """Train one size with GPT-3's recipe, all of it but the tokens scaled to this run."""
+    """Train one size: GPT-3's constants, clipping, decay, 5 % warm-up and floor; constant batch, no tail, our rates."""
     width, floor = SIZES[name]
     optimizer = make_optimizer(steps=SIZE_STEPS, peak=0.32 / width, warmup=30, floor=floor)
     model = Llama(size_config(width), key=jax.random.key(seed))
@@ -162,6 +160,25 @@ def size_row(name, seed):
         "bits_per_byte": float(by_position.mean()),
         "by_position": rounded(by_position, 3),
     }
+
+
+def context_gain(model):
+    """Bits saved on the same bytes by 65 to 72 bytes of context instead of 9 to 16, for each of 512 windows."""
+    starts = np.linspace(0, len(text("validation")) - CONTEXT - 57, 512).astype(int)
+
+    def read(at):
+        parts = [windows("validation", part) for part in np.split(at, 8)]
+        return np.concatenate([bits(model, jax.tree.map(jnp.asarray, p)) for p in parts])
+
+    return (read(starts + 56)[:, 8:16] - read(starts)[:, 64:72]).mean(1)
+
+
+GAINS = {f"width {width}, gain": f"width {width}" for width in (12, 80)}
+
+
+def gains_row(name, seed):
+    """Trains the model again: the models of the part "sizes" are not kept."""
+    return {"gain": rounded(context_gain(size_model(GAINS[name], seed)), 3)}
 
 
 # SmolLM2 -----------------------------------------------------------------------------------------
@@ -288,12 +305,28 @@ def twice(rows=4, half=32):
     return np.concatenate([ids, ids], 1).astype(np.int32)
 
 
-def second_half(model):
-    """Mean nats of the second copies, from their second id on, and the attention maps."""
+def copies(model):
+    """Mean nats of the first copies and of the second ones, both from their second id on; and the maps."""
     tokens = jnp.array(twice())
     logits, maps = logits_and_maps(model, tokens)
-    logs = jax.nn.log_softmax(logits[:, 32:-1])
-    return float(-jnp.take_along_axis(logs, tokens[:, 33:, None], -1).mean()), maps
+    logs = jax.nn.log_softmax(logits[:, :-1])
+    nats = -jnp.take_along_axis(logs, tokens[:, 1:, None], -1)
+    return [float(nats[:, :31].mean()), float(nats[:, 32:].mean())], maps
+
+
+def on_labels(model, tokenizer, written):
+    """Each head's weight, "L H", from the last position of a prompt to the labels of its examples.
+
+    These follow the earlier copies of the last token, the arrow. Mean over the prompts.
+    """
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in written]
+    rows = np.array([row + [0] * (max(map(len, ids)) - len(row)) for row in ids], np.int32)
+    maps = np.asarray(logits_and_maps(model, jnp.array(rows))[1])
+    found = []
+    for i, row in enumerate(ids):
+        labels = [s + 1 for s, token in enumerate(row[:-1]) if token == row[-1]]
+        found.append(maps[:, i, :, len(row) - 1, labels].sum(0))
+    return np.mean(found, 0)
 
 
 def ranked(scores, n):
@@ -313,15 +346,17 @@ def neighbours(heads, seed):
 
 def heads_row(name, _seed):
     model, tokenizer = smollm2()
-    loss, maps = second_half(model)
+    nats, maps = copies(model)
     scores = induction_scores(maps, twice())
     top = ranked(scores, HEADS[name])
     arms = {"induction": top} | {f"others {s}": neighbours(top, s) for s in range(3)}
     written, answers = prompts("kinds, arrow, 4")
-    row = {"scores": rounded(scores, 3), "repeated": {"none": loss}, "answers": {}}
+    row = {"scores": rounded(scores, 3), "repeated": {"none": nats}, "answers": {}}
+    seen = on_labels(model, tokenizer, written[:24])
+    row["on labels"] = rounded([seen[head] for head in top], 3)
     for arm, heads in arms.items():
         changed = ablate(model, heads)
-        row["repeated"][arm] = second_half(changed)[0]
+        row["repeated"][arm] = copies(changed)[0]
         scored = label_log_probs(changed, tokenizer, written, label_tokens("kinds"))
         row["answers"][arm] = {"heads": heads} | described(scored, answers)
     return row
@@ -330,6 +365,7 @@ def heads_row(name, _seed):
 PARTS = {
     "tiny": (tiny_row, {arm: TINY_SEEDS for arm in TINY}),
     "sizes": (size_row, {arm: SIZE_SEEDS.get(arm, (0, 1, 2)) for arm in SIZES}),
+    "gains": (gains_row, dict.fromkeys(GAINS, (0, 1, 2))),
     "answers": (answers_row, dict.fromkeys(ANSWERS, (0,))),
     "orders": (orders_row, dict.fromkeys(ORDERS, (0,))),
     "heads": (heads_row, dict.fromkeys(HEADS, (0,))),
