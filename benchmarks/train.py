@@ -8,7 +8,8 @@ gradients are added. All losses must agree, or the run stops. Peers come from th
 
 FLOPs are chapter 13's `training_flops`: 6 · matmul weights · tokens, and 12 · H · Dh · L for each pair of a query and a
 key that the causal mask shows; what a program computes twice counts once. The peak is the fastest matrix product of the
-same run, timed in each round.
+same run, timed in each round. CPU seconds are those of all threads: on a machine that does other work they
+say more than the time that passed.
 """
 
 import argparse
@@ -86,13 +87,14 @@ class Ours:
         self.run = compile_step(make_step(next_token_loss, optimizer, accumulate=n), self.state)
         self.batch, self.key = jax.device_put(batch), jax.random.key(0)
 
-    def step(self) -> tuple[float, float]:
-        """Seconds and loss."""
+    def step(self) -> tuple[float, float, float]:
+        """Seconds, the CPU seconds of all threads, and the loss."""
         import jax
 
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self.state, metrics = jax.block_until_ready(self.run(self.state, self.batch, self.key))
-        return time.perf_counter() - start, float(metrics["loss"])
+        used = time.perf_counter() - start, time.process_time() - cpu
+        return *used, float(metrics["loss"])
 
 
 class Transformers:
@@ -130,11 +132,11 @@ class Transformers:
         parts = [x.reshape(n if self.micro else 1, -1, context).contiguous() for x in parts]
         self.parts = list(zip(*parts, strict=True))
 
-    def step(self) -> tuple[float, float]:
-        """Seconds and loss."""
+    def step(self) -> tuple[float, float, float]:
+        """Seconds, the CPU seconds of all threads, and the loss."""
         import torch
 
-        start, total = time.perf_counter(), 0.0
+        start, cpu, total = time.perf_counter(), time.process_time(), 0.0
         for ids, targets in self.parts:
             out = self.run(input_ids=ids, labels=targets, shift_labels=targets)
             loss = out.loss / len(self.parts)
@@ -143,7 +145,7 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start, total
+        return time.perf_counter() - start, time.process_time() - cpu, total
 
 
 class Machine:
@@ -209,8 +211,9 @@ def measure(contenders: list[Contender], rounds: int) -> list[dict]:
             if contender.name == "machine":
                 kept.append(row | {"flops": contender.ask("limits")})
             else:
-                seconds, loss = contender.ask("step")
-                kept.append(row | {"task": "step", "seconds": seconds, "loss": loss})
+                seconds, cpu, loss = contender.ask("step")
+                found = {"task": "step", "seconds": seconds, "cpu": cpu, "loss": loss}
+                kept.append(row | found)
         losses = [row["loss"] for row in kept if "loss" in row]
         if max(losses) - min(losses) > 0.01:
             sys.exit(f"not the same training: losses {losses}")
@@ -231,7 +234,7 @@ def grow(contenders: list[Contender]) -> list[dict]:
             for number in range(STEPS):
                 for contender in contenders:
                     row = {"contender": contender.name, "task": name, "shape": list(shape)}
-                    row["seconds"] = contender.ask("step")[0]
+                    row["seconds"], row["cpu"], _ = contender.ask("step")
                     rows += [row] if number else []
         print(f"growth with {name}", file=sys.stderr, flush=True)
     return rows
@@ -254,12 +257,13 @@ def table(stored: dict) -> str:
     """The comparison as text."""
     rows, peak = stored["rows"], stored["peak"]
     lines = [f"peak of this run: {peak / 1e9:.0f} GFLOP/s; {stored['threads']} threads; medians"]
-    lines.append(f"{'':15}{'s a step':>10}{'tokens/s':>10}{'of peak':>9}{'GB':>6}")
+    lines.append(f"{'':15}{'s a step':>10}{'CPU s':>8}{'tokens/s':>10}{'of peak':>9}{'GB':>6}")
     for name, gigabytes in stored["gigabytes"].items():
         seconds = median(rows, task="step", contender=name)
         share = stored["flops"] / seconds / peak
         rate = ROWS * CONTEXT / seconds
-        lines.append(f"{name:15}{seconds:10.2f}{rate:10.0f}{share:9.0%}{gigabytes:6.2f}")
+        cpu = median(rows, "cpu", task="step", contender=name)
+        lines.append(f"{name:15}{seconds:10.2f}{cpu:8.2f}{rate:10.0f}{share:9.0%}{gigabytes:6.2f}")
     for task in GROWTH:
         lines.append(f"growth with {task}: layers, rows, context; s a step")
         for shape in GROWTH[task]:
@@ -307,6 +311,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", default=str(ROOT / ".venv-peers" / "bin" / "python"))
+    parser.add_argument("--only", nargs="*", help="contenders, by the start of their names")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -319,6 +324,8 @@ def main() -> None:
         pythons |= {name: options.peers for name in CONTENDERS if name not in pythons}
     else:
         print(f"no {options.peers}: our own rows only (make peers)", file=sys.stderr)
+    wanted = ("machine", *(options.only or CONTENDERS))
+    pythons = {name: python for name, python in pythons.items() if name.startswith(wanted)}
     contenders = [Contender(name, python, cores, __file__) for name, python in pythons.items()]
     busy = os.getloadavg()[0]
     rows = measure(contenders, options.rounds)
