@@ -145,7 +145,8 @@ def label_log_probs(
 ) -> Float[np.ndarray, "N C"]:
     """Log-probability in nats of each label's first token, right after each prompt.
 
-    Prompts are padded on the right to `width` tokens (default: the longest, rounded up to 16). Raises
+    A prompt begins with BOS if the tokenizer has one, and is padded on the right to `width` tokens
+    (default: the longest, rounded up to 16). Raises
     ValueError for no prompts, for labels that are empty or begin with the same token, and for a prompt
     longer than `width`.
     """
@@ -154,7 +155,8 @@ def label_log_probs(
     first = [tokenizer.encode(label)[0] for label in labels]
     if len(set(first)) != len(labels):
         raise ValueError(f"two labels begin with the same token: {list(labels)}")
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    bos = tokenizer.bos_id is not None
+    ids = [tokenizer.encode(prompt, bos=bos) for prompt in prompts]
     longest = max(map(len, ids))
     width = -(-longest // 16) * 16 if width is None else width
     if longest > width:
