@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,18 +219,16 @@ class LlamaCpp:
         return time.perf_counter() - start
 
 
-CONTENDERS = {
-    "machine": lambda threads: Machine(),
-    "ours": lambda threads: Ours(),
-    "transformers": Transformers,
-    "llama.cpp": LlamaCpp,
-}
-
-
-def serve(make: Callable[[int], object], cores: list[int]) -> None:
-    """A contender's process: one JSON answer per line of commands. `make` is given the threads."""
+def serve(name: str, cores: list[int]) -> None:
+    """A contender's process: one JSON answer per line of commands."""
     os.sched_setaffinity(0, cores)
-    contender = make(len(cores))
+    threads = len(cores)
+    contender = {
+        "machine": Machine,
+        "ours": Ours,
+        "transformers": lambda: Transformers(threads),
+        "llama.cpp": lambda: LlamaCpp(threads),
+    }[name]()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be mistaken for an answer
     print(json.dumps({"batches": contender.batches}), file=answers, flush=True)
@@ -244,9 +241,9 @@ def serve(make: Callable[[int], object], cores: list[int]) -> None:
 class Contender:
     """The other end of `serve`."""
 
-    def __init__(self, name: str, python: str, cores: list[int], script: str = __file__):
+    def __init__(self, name: str, python: str, cores: list[int]):
         environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
-        command = [python, script, "--serve", name, "--cores", *map(str, cores)]
+        command = [python, __file__, "--serve", name, "--cores", *map(str, cores)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -362,7 +359,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(CONTENDERS[options.serve], options.cores)
+        return serve(options.serve, options.cores)
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     write_weights()
     names = {"machine": sys.executable, "ours": sys.executable}
