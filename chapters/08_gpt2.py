@@ -17,7 +17,7 @@
 #
 # > GPT-2 twice, as sixty lines of NumPy and as an Equinox module, with its published file format, its tokenizer's files, and a head that classifies.
 #
-# *Reading time 40 min · runs in about 45 s · difficulty ●●○ · needs 01, 03, 05, 06, 07*
+# *Reading time 40 min · runs in about 55 s · difficulty ●●○ · needs 01, 03, 05, 06, 07*
 
 # %% [markdown]
 # This is a side road; the straight road goes from 07 to 10. It is worth the walk for three reasons. GPT-2 is the smallest complete language model of the modern kind. Nearly all that came after, Llama included, is GPT-2 with parts exchanged. And its paper made a claim that was odd at the time: a model that only ever predicts the next token can do tasks that it was never trained for.

@@ -17,7 +17,7 @@
 #
 # > Learning from examples in the prompt: few-shot prompts and their scores, attention maps, induction heads found and removed, and loss against size.
 #
-# *Reading time 35 min · runs in about 45 s · difficulty ●●○ · needs 10, 11, 12, 14, 15*
+# *Reading time 35 min · runs in about 55 s · difficulty ●●○ · needs 10, 11, 12, 14, 15*
 
 # %% [markdown]
 # Write "cat → animal", "archery → sport", and then "apple →". A language model answers "fruit". No weight was changed: it has read the task in its own prompt. GPT-3 (2020) made it famous as **in-context learning**.
