@@ -1254,7 +1254,8 @@ back = jax.jit(jax.jacobian(lambda x: leaky.decoder[0](x, memory)))(x)
 leaks = jnp.abs(back).sum((1, 3)) > 0
 print("without the mask, position 2 depends on positions", np.flatnonzero(leaks[2]).tolist())
 assert not jnp.array_equal(leaks, jnp.tril(leaks))
-#
+
+# %% [markdown]
 # ## Notes on the sources
 #
 # - **Vaswani et al. 2017**, *Attention Is All You Need*. We built all of §3 and §5.3–5.4. Its text and its Table 2 disagree on English–French: 41.0 in the text of §6.1, 41.8 in the table and the abstract, as far as copies of it that we saw show. Silent on initialisation and on where the averaged checkpoints are saved for the ablations. The released code later moved the norm inside, which the paper doesn't say.

@@ -703,6 +703,12 @@ def test_select(tree):
         select(tree, "99")
 
 
+def test_every_chapter_has_five_flashcards():
+    chapters = [chapter for _, _, chapter in flashcards.cards()]
+    assert {chapters.count(chapter) for chapter in chapters} == {5}
+    assert len(set(chapters)) == len(list((ROOT / "chapters").glob("*.py")))
+
+
 def test_flashcards(tree):
     pairs = "".join(f"# **Q:** What is {n}?\n# **A:** The number\n# {n}.\n" for n in range(5))
     one = "# **Q:** What is twice two? **A:** Four, one after the other.\n"
