@@ -401,6 +401,8 @@ class BertConfig:
             raise ValueError(f"n_segments={self.n_segments}, eps={self.eps} must be positive")
 
 
+# %%
+#| export
 class Linear(eqx.Module):
     """x Wᵀ + b, at each position alone."""
 

@@ -20,7 +20,6 @@ _PUBLIC = {
     "Item": "evaluation",
     "LLAMA3_PATTERN": "tokenizer",
     "LLAMA3_SPECIAL": "tokenizer",
-    "Linear": "bert",
     "Llama": "llama",
     "LlamaConfig": "llama",
     "MultiHeadAttention": "attention",
