@@ -1561,6 +1561,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
+# In the plot the bad batch leaves the frame, and one step later every curve is back beside the dashed one. (The blue one lies a little higher throughout: it has no clip.)
 # The detector finds every planted batch by its loss, and never raises an alarm on a clean loss. On the gradient's norm the same threshold is useless: clean norms have
 # # heavy tails, and the alarms are many. So watch the loss with this threshold, and the norm with a larger one.
 # #
@@ -1615,7 +1616,8 @@ assert np.abs(apart).max() < 0.001
 # to get worse with each doubling; and bf16 *terms* summed in fp32 by a few thousandths whatever their number, because their errors are independent.
 
 # %%
-terms = gradients["before training"]
+terms = gradients.pop("before training")[:, ::8]  # every eighth weight: less memory
+gradients.clear()
 exact = np.cumsum(terms, axis=0, dtype=np.float64)
 narrow = terms.astype(jnp.bfloat16)
 ways = {
@@ -1658,8 +1660,8 @@ SOURCES = {
     "Python": "".join(datasets.python_source(("optax",)).values())[20_000:32_000],
     "Milton's Latin": datasets.milton_latin()[:12_000],
 }
-counter = NGram(5).fit([text.encode() for text in TRAIN])
-print(f"{'':18s}mini Llama  5-gram   tokens per byte")
+counter = NGram(4).fit([text.encode() for text in TRAIN])
+print(f"{'':18s}mini Llama  4-gram   tokens per byte")
 for name, text in SOURCES.items():
     network = model_bits_per_byte(mini, mini_tokenizer, [text], context=256)
     counted = model_bits(counter, [text.encode()])
@@ -1668,7 +1670,7 @@ for name, text in SOURCES.items():
 
 # %% [markdown]
 # The order is nearly the predicted one: the sonnets are as easy as the plays, old spelling costs almost a bit, Latin is worse and Python worst. The network wins wherever letters follow rules
-# that the plays have, even on Latin, and loses on Python, where it is worse than a uniform guess over half the byte values: it is sure of English words, in a place where there are none. The last column shows a second cost: a tokenizer
+# that the plays have, even on Latin, and loses on Python, where 6.8 bits is hardly better than a uniform guess among 128 characters (7): it is sure of English words, in a place where there are none. The last column shows a second cost: a tokenizer
 # of plays cuts Python into almost twice as many tokens per byte. These are excerpts of 12,000 bytes, one model and no interval: a thermometer, no claim. Chapter 21 mixes sources.
 #
 # ## 16 Break it
