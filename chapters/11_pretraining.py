@@ -1407,7 +1407,7 @@ ledger.claim(
 # # pure effect of the ramp: the best peak on the tuning seed was 0.01 for it and 0.005 for the large batch, and for two arms the best was the edge of the grid. What is beyond doubt is the other comparison: four times the steps on the same
 # tokens is worth a quarter of a bit. The noise scale did not foretell that: at 3,000 tokens and more it calls a batch of 1,024 noisy, so that few large steps should have been nearly as good. It is about one
 # gradient step, not about Adam in a run of 256 steps, which is far too short.
-# The speeds are stored medians of a busy machine and say only that the order is the expected one. On stability the runs say nothing, since none of the arms ever spiked.
+# The speeds are stored medians from a machine that was busy with other work, more in some runs than in others: they decide nothing. On stability the runs say nothing, since none of the arms ever spiked.
 # #
 # # The paper's first change comes, as printed, after 252M tokens: 63 steps of 4 million, inside a warm-up of 8,000 steps. Probably a misprint for a larger unit.
 #
@@ -1566,7 +1566,7 @@ plt.show()
 # # heavy tails, and the alarms are many. So watch the loss with this threshold, and the norm with a larger one.
 # #
 # # The cost is a surprise: about a hundredth of a nat without any guard, a fifth of what we predicted. Adam's own averages absorb the batch; β₂ = 0.95 forgets it within some twenty steps. The order
-# # is as predicted, skipping best, but with three seeds the intervals overlap. (Skipping also left out some early steps of clean runs, so its twins are its own.)
+# # is as predicted, skipping best, but with three seeds the intervals overlap (five were planned, the last two were cut for time). (Skipping also left out some early steps of clean runs, so its twins are its own.)
 # # At this size a guard is an insurance; with a large rate or a long series of broken batches it would be more.
 # #
 # # The ledger's row is about the clean runs. All five values are zero, so their interval has no width. Zero spikes in 7,330 judged steps bound the rate with 95 % confidence at 3/7,330, or 0.4
@@ -1638,7 +1638,7 @@ for name, found in errors.items():
     print(name, *("  < 1e-6" if e < 1e-6 else f"{e:8.2%}" for e in found))
 
 # %% [markdown]
-# The bf16 sum is wrong by three thousandths after 4 micro-batches and by 2.5 % after 256: the prediction holds, and each factor of four makes it worse. The control shows where the
+# The bf16 sum is wrong by three thousandths after 4 micro-batches and by 2.7 % after 256: the prediction holds, and each factor of four makes it worse. The control shows where the
 # error comes from. With bf16 terms and an fp32 sum it stays below two thousandths, and falls, because independent rounding errors average out. So it is the sum that needs the bits, not the
 # terms. What that error does to a training run is chapter 25's question.
 #
@@ -1671,7 +1671,7 @@ for name, text in SOURCES.items():
 # %% [markdown]
 # The order is nearly the predicted one: the sonnets are as easy as the plays, old spelling costs almost a bit, Latin is worse and Python worst. The network wins wherever letters follow rules
 # that the plays have, even on Latin, and loses on Python, where 6.8 bits is hardly better than a uniform guess among 128 characters (7): it is sure of English words, in a place where there are none. The last column shows a second cost: a tokenizer
-# of plays cuts Python into almost twice as many tokens per byte. These are excerpts of 12,000 bytes, one model and no interval: a thermometer, no claim. Chapter 21 mixes sources.
+# of plays cuts Python into almost twice as many tokens per byte. The counter is a 4-gram to save memory; the longer ones of chapter 1 are better on plays, so the margins there flatter the network. These are excerpts of 12,000 bytes, one model and no interval: a thermometer, no claim. Chapter 21 mixes sources.
 #
 # ## 16 Break it
 #
