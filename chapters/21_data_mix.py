@@ -563,6 +563,8 @@ print([tokenizer.decode([i]) for i in tokenizer.encode("473 + 58 is 531")])
 print([tokenizer.decode([i]) for i in tokenizer.encode(LINE)])
 
 # %% [markdown]
+# Mostly right: only plays and poems lose, and the Folio a little, which we had not said. Wrong on the best: documentation is cut into the longest tokens of the mix's tokenizer but for the plays and their kin, and code only next. Here 473 and 531 are single digits anyway, since 1,024 ids have little room for numbers; a larger vocabulary has some of them whole, and then the spelling matters.
+#
 # ## 5 · The sampler
 #
 # Tokens go to disk once: a flat file of 16-bit integers for each source, and beside it a JSON file with its SHA-256, the tokenizer's identity and the number of tokens. Two bytes are enough for ids below 65,536. Training maps the file into memory and touches only the pages that it reads, so a corpus may be larger than the memory. A file made with another tokenizer would train without an error, on nonsense. Therefore the identity is compared on opening.
@@ -671,51 +673,49 @@ except ValueError as error:
 
 
 # %%
-#| export public
-@dataclass(frozen=True)
-class MixedBatches:
-    """Batches of several sources in given shares: batch number `cursor` is a pure function of it and `seed`.
+#| export
+def _check_mix(mix: "MixedBatches") -> None:
+    """Raise ValueError for weights, sizes or hosts that cannot be."""
+    starts = [start for start, _ in mix.schedule]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(f"the schedule must begin at batch 0 and rise, got {starts}")
+    for start, weights in mix.schedule:
+        if unknown := sorted(weights.keys() - mix.sources.keys()):
+            raise ValueError(f"batch {start}: no source {unknown}; {sorted(mix.sources)}")
+        values = np.array(list(weights.values()), float)
+        if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+            raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
+    for name, file in mix.sources.items():
+        if len(file.ids) <= mix.context:
+            raise ValueError(f"{name} has {len(file.ids)} tokens; context={mix.context} needs more")
+    if not 0 <= mix.host < mix.hosts or mix.batch < 1 or mix.batch % mix.hosts:
+        raise ValueError(
+            f"batch={mix.batch} must be >= 1 and split evenly over hosts={mix.hosts}, and "
+            f"host={mix.host} be in 0..{mix.hosts - 1}"
+        )
 
-    `schedule`: (first batch, source → weight) pairs, beginning at batch 0; weights need not add up to 1.
-    A batch is a dict of int32 arrays (batch / hosts, context): tokens, targets (the next tokens, −1
-    before another document) and segments, as of `pretraining.PackedBatches`. With `hosts` > 1, `host`
-    gets its own rows of the same global batch. Raises ValueError for weights, sizes or hosts that
-    cannot be.
-    """
+
+# %% [markdown]
+# The first half of the sampler knows shares and counts and no token: which source gives each row, and how many rows each source has given before.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RowPlan:
+    """Which source gives each row of every batch; fields as of `MixedBatches`, which adds the tokens."""
 
     sources: Mapping[str, TokenFile]
     schedule: Sequence[tuple[int, Mapping[str, float]]]
     batch: int
     context: int
     seed: int = 0
-    host: int = 0
-    hosts: int = 1
 
     BLOCK = 1024  # batches whose sources are drawn at once
 
     def __post_init__(self):
-        starts = [start for start, _ in self.schedule]
-        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-            raise ValueError(f"the schedule must begin at batch 0 and rise, got {starts}")
-        for start, weights in self.schedule:
-            if unknown := sorted(weights.keys() - self.sources.keys()):
-                raise ValueError(f"batch {start}: no source {unknown}; {sorted(self.sources)}")
-            values = np.array(list(weights.values()), float)
-            if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
-                raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
-        for name, file in self.sources.items():
-            if len(file.ids) <= self.context:
-                raise ValueError(
-                    f"{name} has {len(file.ids)} tokens; context={self.context} needs more"
-                )
-        if not 0 <= self.host < self.hosts or self.batch < 1 or self.batch % self.hosts:
-            raise ValueError(
-                f"batch={self.batch} must be >= 1 and split evenly over hosts={self.hosts}, and "
-                f"host={self.host} be in 0..{self.hosts - 1}"
-            )
         object.__setattr__(self, "_counts", [np.zeros(len(self.sources), int)])
         object.__setattr__(self, "drawn", functools.lru_cache(4)(self._drawn))
-        object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def shares(self, cursor: int) -> Float[np.ndarray, " S"]:
         """The share of each source at a batch, in the order of `sources`."""
@@ -747,6 +747,32 @@ class MixedBatches:
             )
         before = self.drawn(block)[:within] if within else np.empty(0, int)
         return self._counts[block] + np.bincount(before.flat, minlength=len(self.sources))
+
+
+# %% [markdown]
+# The second half adds the tokens: the windows of each epoch, the rows of a host, the batch, and the report.
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class MixedBatches(RowPlan):
+    """Batches of several sources in given shares: batch number `cursor` is a pure function of it and `seed`.
+
+    `schedule`: (first batch, source → weight) pairs, beginning at batch 0; weights need not add up to 1.
+    A batch is a dict of int32 arrays (batch / hosts, context): tokens, targets (the next tokens, −1
+    before another document) and segments, as of `pretraining.PackedBatches`. With `hosts` > 1, `host`
+    gets its own rows of the same global batch. Raises ValueError for weights, sizes or hosts that
+    cannot be.
+    """
+
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self):
+        _check_mix(self)
+        super().__post_init__()
+        object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def _order(self, source: int, epoch: int) -> Int[np.ndarray, " M"]:
         """Where the windows of a source's epoch start, in the order of visiting."""
@@ -808,8 +834,8 @@ print(f"chi² against the shares: p = {p_value:.2f}")
 assert p_value > 0.01
 
 # %% [markdown]
-# The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the Latin is read more than about twice, while the Latin is read until the model knows it by heart. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs are nearly as good as new text, and that the gain is
-# gone by sixteen. The paper has hundreds of billions of multilingual tokens for its 8 %; we have four thousand. For the full run this says: keep the Latin at a per cent or so, or accept that it is memorised. We measure it in section 8.
+# It is 29 epochs, not forty: the Latin has 5,600 tokens, since the tokenizer cuts it into shorter ones than we thought. The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the Latin is read more than about twice, while the Latin is read until the model knows it by heart. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs are nearly as good as new text, and that the gain is
+# gone by sixteen. The paper has hundreds of billions of multilingual tokens for its 8 %; we have 5,600. For the full run this says: keep the Latin at a per cent or so, or accept that it is memorised. Exercise 1 computes such caps.
 #
 # Next: stopping. A run that is stopped after 20 steps and goes on must see what an unstopped run sees. A fresh object, asked for a late batch only, must return the same as one that was asked for all in order. And two hosts must get disjoint halves of it, in the same order.
 
@@ -962,6 +988,8 @@ print(f"right: {100 * right:.1f} % of {len(answers)}")
 assert right > 0.9
 
 # %% [markdown]
+# Less than we said: 92 %. The confusion is one-sided. Two pieces of code in five are called documentation, because a JAX file is largely docstrings in the same English; plays and arithmetic are never mistaken. A label by file and a label by content are not the same, and 500 characters have only the content.
+#
 # Now the experiment. A pile of two megabytes, 85 % plays, 5 % each of the other kinds, in pieces of 500 characters without labels. The classifier sorts it, errors and all. One model reads the pile *as found*, one reads it *down-sampled*: each predicted kind equally often. Both read the same number of tokens. The stored runs are five seeds of a Llama of width 32, 300 steps of 1,024 tokens.
 #
 # **Predict** the change of the three rare kinds, in bits per byte on validation text. Ours: they gain more than 0.2 on average, since they get five times the tokens; and the plays lose, but less, since the plays were far into diminishing returns.
@@ -997,7 +1025,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The rare kinds gain and the plays pay, both clear of zero for the rare kinds. But the gain differs so much from seed to seed (0.2 to 1.0) that its interval reaches below the predicted 0.2: *weaker* is all that five seeds of so small a model support.
+# The rare kinds together gain and the plays pay, and both intervals are clear of zero. But the gain differs so much from seed to seed (0.2 to 1.0) that its interval reaches below the predicted 0.2: *weaker* is all that five seeds of so small a model support.
 #
 # ## 8 · Choosing the mix with small models
 #

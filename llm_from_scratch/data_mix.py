@@ -455,50 +455,42 @@ def mix_files(
     return found
 
 
-@dataclass(frozen=True)
-class MixedBatches:
-    """Batches of several sources in given shares: batch number `cursor` is a pure function of it and `seed`.
+def _check_mix(mix: "MixedBatches") -> None:
+    """Raise ValueError for weights, sizes or hosts that cannot be."""
+    starts = [start for start, _ in mix.schedule]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(f"the schedule must begin at batch 0 and rise, got {starts}")
+    for start, weights in mix.schedule:
+        if unknown := sorted(weights.keys() - mix.sources.keys()):
+            raise ValueError(f"batch {start}: no source {unknown}; {sorted(mix.sources)}")
+        values = np.array(list(weights.values()), float)
+        if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+            raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
+    for name, file in mix.sources.items():
+        if len(file.ids) <= mix.context:
+            raise ValueError(f"{name} has {len(file.ids)} tokens; context={mix.context} needs more")
+    if not 0 <= mix.host < mix.hosts or mix.batch < 1 or mix.batch % mix.hosts:
+        raise ValueError(
+            f"batch={mix.batch} must be >= 1 and split evenly over hosts={mix.hosts}, and "
+            f"host={mix.host} be in 0..{mix.hosts - 1}"
+        )
 
-    `schedule`: (first batch, source → weight) pairs, beginning at batch 0; weights need not add up to 1.
-    A batch is a dict of int32 arrays (batch / hosts, context): tokens, targets (the next tokens, −1
-    before another document) and segments, as of `pretraining.PackedBatches`. With `hosts` > 1, `host`
-    gets its own rows of the same global batch. Raises ValueError for weights, sizes or hosts that
-    cannot be.
-    """
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which source gives each row of every batch; fields as of `MixedBatches`, which adds the tokens."""
 
     sources: Mapping[str, TokenFile]
     schedule: Sequence[tuple[int, Mapping[str, float]]]
     batch: int
     context: int
     seed: int = 0
-    host: int = 0
-    hosts: int = 1
 
     BLOCK = 1024  # batches whose sources are drawn at once
 
     def __post_init__(self):
-        starts = [start for start, _ in self.schedule]
-        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-            raise ValueError(f"the schedule must begin at batch 0 and rise, got {starts}")
-        for start, weights in self.schedule:
-            if unknown := sorted(weights.keys() - self.sources.keys()):
-                raise ValueError(f"batch {start}: no source {unknown}; {sorted(self.sources)}")
-            values = np.array(list(weights.values()), float)
-            if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
-                raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
-        for name, file in self.sources.items():
-            if len(file.ids) <= self.context:
-                raise ValueError(
-                    f"{name} has {len(file.ids)} tokens; context={self.context} needs more"
-                )
-        if not 0 <= self.host < self.hosts or self.batch < 1 or self.batch % self.hosts:
-            raise ValueError(
-                f"batch={self.batch} must be >= 1 and split evenly over hosts={self.hosts}, and "
-                f"host={self.host} be in 0..{self.hosts - 1}"
-            )
         object.__setattr__(self, "_counts", [np.zeros(len(self.sources), int)])
         object.__setattr__(self, "drawn", functools.lru_cache(4)(self._drawn))
-        object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def shares(self, cursor: int) -> Float[np.ndarray, " S"]:
         """The share of each source at a batch, in the order of `sources`."""
@@ -530,6 +522,26 @@ class MixedBatches:
             )
         before = self.drawn(block)[:within] if within else np.empty(0, int)
         return self._counts[block] + np.bincount(before.flat, minlength=len(self.sources))
+
+
+@dataclass(frozen=True)
+class MixedBatches(RowPlan):
+    """Batches of several sources in given shares: batch number `cursor` is a pure function of it and `seed`.
+
+    `schedule`: (first batch, source → weight) pairs, beginning at batch 0; weights need not add up to 1.
+    A batch is a dict of int32 arrays (batch / hosts, context): tokens, targets (the next tokens, −1
+    before another document) and segments, as of `pretraining.PackedBatches`. With `hosts` > 1, `host`
+    gets its own rows of the same global batch. Raises ValueError for weights, sizes or hosts that
+    cannot be.
+    """
+
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self):
+        _check_mix(self)
+        super().__post_init__()
+        object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def _order(self, source: int, epoch: int) -> Int[np.ndarray, " M"]:
         """Where the windows of a source's epoch start, in the order of visiting."""
