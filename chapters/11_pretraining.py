@@ -583,7 +583,7 @@ by_stride = {
     stride: model_bits_per_byte(state.model, tokenizer, opening, context=64, stride=stride)
     for stride in (64, 32, 16, 4)
 }
-print(f"no overlap: {by_stride[64]:.1f} bits per byte")
+print(f"no overlap: about {by_stride[64]:.0f} bits per byte")
 for stride, bits in by_stride.items():
     print(
         f"stride {stride:2d}, at least {65 - stride:2d} tokens of context: "
