@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from llm_from_scratch import datasets
 from llm_from_scratch.bigram import bits_per_byte
@@ -526,3 +526,115 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on from here\n")
     report(directory, recipe, peak, rows)
+
+
+@dataclass(frozen=True)
+class RampedBatches:
+    """Batches that grow: batch number `cursor` is a pure function of cursor and seed.
+
+    `stages` lists (steps, windows, context); the last stage goes on after its steps. The stream is
+    read in windows of the longest context, as by PackedBatches, and shorter ones are cut from them: all
+    ramps of one longest context and seed read the same text in the same order. Batches are dicts as there.
+    Raises ValueError for a stage that is not whole windows, and for a short stream.
+    """
+
+    tokens: Int[np.ndarray, " N"]
+    segments: Int[np.ndarray, " N"]
+    stages: tuple[tuple[int, int, int], ...]
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.stages or min(min(stage) for stage in self.stages) < 1:
+            raise ValueError(f"stages must be (steps, windows, context), all >= 1: {self.stages}")
+        for _, windows, context in self.stages:
+            if self.longest % context or windows * context % self.longest:
+                raise ValueError(
+                    f"{windows} windows of {context} are not whole windows of {self.longest}"
+                )
+        _ = self.windows  # a stream that is too short is an error now, not at the first batch
+
+    @property
+    def longest(self) -> int:
+        """The longest context of the stages."""
+        return max(context for *_, context in self.stages)
+
+    @property
+    def windows(self) -> PackedBatches:
+        """The windows of the longest context, one by one."""
+        return PackedBatches(self.tokens, self.segments, 1, self.longest, self.seed)
+
+    def __call__(self, cursor: int) -> dict[str, Int[np.ndarray, "B T"]]:
+        left, first = cursor, 0
+        for number, (steps, windows, context) in enumerate(self.stages, start=1):
+            rows = windows * context // self.longest
+            done = left if number == len(self.stages) else min(left, steps)
+            left, first = left - done, first + done * rows
+            if done < steps or number == len(self.stages):
+                break
+        drawn = [self.windows(first + row) for row in range(rows)]
+        return {
+            name: np.concatenate([batch[name] for batch in drawn]).reshape(windows, context)
+            for name in drawn[0]
+        }
+
+
+def spikes(
+    values: Sequence[float], *, window: int = 50, threshold: float = 6.0
+) -> Bool[np.ndarray, " N"]:
+    """Which values of a run's log are spikes: far above those just before them.
+
+    Value i is one if it exceeds the median of the `window` before by more than threshold · 1.4826 times
+    their median distance from it (for Gaussian noise, that many σ), or is not finite. The first `window`
+    are judged only for that. Returns booleans. Raises ValueError unless window >= 2 and threshold > 0.
+    """
+    if window < 2 or not threshold > 0:
+        raise ValueError(f"need window >= 2, threshold > 0, got window={window}, {threshold}")
+    values = np.asarray(values, float)
+    found = ~np.isfinite(values)
+    for i in range(window, len(values)):
+        before = values[i - window : i]
+        before = before[np.isfinite(before)]
+        if len(before) and not found[i]:
+            median = np.median(before)
+            sigma = 1.4826 * np.median(np.abs(before - median))
+            found[i] = values[i] > median + threshold * sigma
+    return found
+
+
+def skip_spikes(
+    optimizer: optax.GradientTransformation, *, factor: float = 3.0, warmup: int = 20
+) -> optax.GradientTransformation:
+    """Let an optimiser ignore a gradient longer than `factor` times the running mean of the norms.
+
+    A skipped step changes neither weights nor the optimiser's state, its schedule included; nor
+    does a gradient that is not finite. The first `warmup` finite norms are always accepted. The mean looks
+    back about 20 steps and counts a skipped norm as `factor` means, so norms that grow for good are soon
+    accepted again. Raises ValueError unless factor > 1 and warmup >= 1.
+    """
+    if not (factor > 1 and warmup >= 1):
+        raise ValueError(f"need factor > 1 and warmup >= 1, got factor={factor}, warmup={warmup}")
+
+    def init(params):
+        return {
+            "inner": optimizer.init(params),
+            "mean": jnp.zeros((), jnp.float32),
+            "accepted": jnp.zeros((), jnp.int32),
+        }
+
+    def update(grads, state, params=None):
+        norm, accepted = optax.tree.norm(grads).astype(jnp.float32), state["accepted"]
+        usual = (norm <= factor * state["mean"]) | (accepted < warmup)
+        keep = jnp.isfinite(norm) & usual
+        updates, inner = optimizer.update(grads, state["inner"], params)
+        share = jnp.maximum(0.05, 1.0 / (accepted + 1).astype(jnp.float32))
+        counted = jnp.where(usual, norm, factor * state["mean"])
+        mean = state["mean"] + share * (counted - state["mean"])
+        choose = lambda new, old: jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)  # noqa: E731
+        after = {
+            "inner": choose(inner, state["inner"]),
+            "mean": jnp.where(jnp.isfinite(norm), mean, state["mean"]),
+            "accepted": accepted + keep.astype(jnp.int32),
+        }
+        return choose(updates, jax.tree.map(jnp.zeros_like, updates)), after
+
+    return optax.GradientTransformation(init, update)

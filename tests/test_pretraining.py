@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from llm_from_scratch.llama import Llama, LlamaConfig
 from llm_from_scratch.pretraining import (
     RECIPES,
     PackedBatches,
+    RampedBatches,
     evaluation_windows,
     load,
     make_optimizer,
@@ -30,8 +32,11 @@ from llm_from_scratch.pretraining import (
     pack,
     sample,
     save,
+    skip_spikes,
+    spikes,
 )
 from llm_from_scratch.tokenizer import COURSE_SPECIAL, Tokenizer, train_bpe
+from llm_from_scratch.training import fit
 
 TINY = LlamaConfig(300, 16, 2, 4, 2, 32, 4, tie_embeddings=True, max_seq_len=48)
 
@@ -360,3 +365,99 @@ def test_train_refuses_a_tokenizer_of_another_size(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.model")
     with pytest.raises(ValueError, match="300 ids.*vocab_size=4096"):
         pretraining.train(RECIPES["smoke"], tmp_path)
+
+
+STAGES = ((2, 4, 8), (3, 2, 16), (1, 6, 16))
+
+
+def test_ramps_read_the_same_text_once():
+    stream = np.arange(1000, dtype=np.int32)
+    ramp = RampedBatches(stream, stream // 500, STAGES, seed=3)
+    drawn = [ramp(cursor) for cursor in range(9)]
+    shapes = [batch["tokens"].shape for batch in drawn]
+    assert shapes == [(4, 8)] * 2 + [(2, 16)] * 3 + [(6, 16)] * 4  # the last stage goes on
+    flat = np.concatenate([batch["tokens"].ravel() for batch in drawn])
+    assert len(np.unique(flat)) == len(flat)
+    single = PackedBatches(stream, stream // 500, 1, 16, seed=3)
+    rows = np.concatenate([single(i)["tokens"].ravel() for i in range(len(flat) // 16)])
+    np.testing.assert_array_equal(flat, rows)
+    for batch in drawn:
+        ends = batch["tokens"] == 499
+        assert (np.where(ends, -1, batch["tokens"] + 1) == batch["targets"]).all()
+
+
+@pytest.mark.parametrize(
+    "stages", [(), ((0, 4, 8),), ((1, 1, 8), (1, 1, 16)), ((1, 2, 8), (1, 2, 12))]
+)
+def test_bad_stages_are_named(stages):
+    stream = np.arange(1000, dtype=np.int32)
+    with pytest.raises(ValueError, match="stages must be|whole windows"):
+        RampedBatches(stream, stream, stages)
+
+
+def test_a_ramp_resumes_bit_for_bit_across_a_stage(tmp_path, model):
+    stream = np.arange(1000, dtype=np.int32) % 300
+    ramp = RampedBatches(stream, np.zeros_like(stream), STAGES)
+
+    def cut(cursor):
+        if cursor == 4:
+            raise RuntimeError("power cut")
+        return ramp(cursor)
+
+    def run(batches, directory=None):
+        optimizer = make_optimizer(steps=6, peak=1e-2, warmup=1)
+        options = {"directory": directory, "checkpoint_every": 1 if directory else 0}
+        return fit(model, next_token_loss, batches, optimizer, steps=6, **options)[0]
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(cut, tmp_path)
+    assert eqx.tree_equal(run(ramp, tmp_path), run(ramp))
+
+
+def test_spikes_are_found_and_noise_is_not():
+    noise = 3 + 0.1 * np.random.default_rng(0).normal(size=2000)
+    assert not spikes(noise).any()
+    for at in (60, 61, 1500):
+        noise[at] += 1.5
+    noise[[10, 700]] = np.nan, np.inf
+    assert np.flatnonzero(spikes(noise)).tolist() == [10, 60, 61, 700, 1500]
+    assert not spikes(3 - 0.01 * np.arange(100) - 5 * (np.arange(100) == 80)).any()  # no falls
+
+
+@pytest.mark.parametrize("bad", [{"window": 1}, {"threshold": 0.0}])
+def test_bad_spike_settings_are_named(bad):
+    with pytest.raises(ValueError, match="window >= 2"):
+        spikes([1.0, 2.0], **bad)
+
+
+def test_a_skipped_step_changes_neither_weights_nor_averages():
+    inner = make_optimizer(steps=100, peak=1e-2, warmup=0, clip=1e9)
+    guarded, params = skip_spikes(inner, warmup=4), {"w": jnp.ones((2, 2))}
+    gradients = [{"w": jnp.full((2, 2), x)} for x in (1.0, 1.2, 0.8, 1.0, 1.1)]
+
+    def run(optimizer, grads):
+        with jax.numpy_dtype_promotion("standard"):
+            p, state = params, optimizer.init(params)
+            for g in grads:
+                updates, state = optimizer.update(g, state, p)
+                p = optax.apply_updates(p, updates)
+        return p
+
+    huge, broken = ({"w": jnp.full((2, 2), x)} for x in (1e4, float("nan")))
+    spoiled = [*gradients[:4], huge, broken, gradients[4]]
+    assert eqx.tree_equal(run(guarded, spoiled), run(inner, gradients))
+
+
+def test_norms_that_grow_for_good_are_accepted_again():
+    guarded = skip_spikes(optax.sgd(1.0), warmup=2)
+    state, moved = guarded.init(jnp.ones(1)), []
+    for g in [1.0] * 30 + [10.0] * 30:
+        updates, state = guarded.update(jnp.full(1, g), state)
+        moved.append(float(updates[0]) != 0)
+    assert all(moved[:30]) and not moved[30] and all(moved[50:])
+
+
+@pytest.mark.parametrize("bad", [{"factor": 1.0}, {"warmup": 0}])
+def test_bad_guard_is_named(bad):
+    with pytest.raises(ValueError, match="factor > 1 and warmup >= 1"):
+        skip_spikes(optax.sgd(1.0), **bad)
