@@ -990,7 +990,7 @@ assert right > 0.9
 # %% [markdown]
 # Less than we said: 92 %. The confusion is one-sided. Two pieces of code in five are called documentation, because a JAX file is largely docstrings in the same English; plays and arithmetic are never mistaken. A label by file and a label by content are not the same, and 500 characters have only the content.
 #
-# Now the experiment. A pile of two megabytes, 85 % plays, 5 % each of the other kinds, in pieces of 500 characters without labels. The classifier sorts it, errors and all. One model reads the pile *as found*, one reads it *down-sampled*: each predicted kind equally often. Both read the same number of tokens. The stored runs are five seeds of a Llama of width 32, 300 steps of 1,024 tokens.
+# Now the experiment. A pile of two megabytes, 85 % plays, 5 % each of the other kinds, in pieces of 500 characters without labels. The classifier sorts it, errors and all. One model reads the pile *as found*, one reads it *down-sampled*: each predicted kind equally often. Both read the same number of tokens. The stored runs are five seeds of a Llama of width 64, 500 steps of 1,024 tokens, peak rate 0.003.
 #
 # **Predict** the change of the three rare kinds, in bits per byte on validation text. Ours: they gain more than 0.2 on average, since they get five times the tokens; and the plays lose, but less, since the plays were far into diminishing returns.
 
@@ -1135,7 +1135,7 @@ print("made again: within 0.05 bits per byte")
 #
 # The paper did not keep its mix. During pre-training it raised the share of non-English and of mathematical data, added more recent web data in the later stages, and down-sampled what turned out to be of low quality (§3.4.1). Why late? A model forgets, and the learning rate falls: what is read last lies on top.
 #
-# The test must keep the totals equal, or it would only show that more code helps code. Three runs read the same amount of plays and code: *even* half and half throughout; *late* with 25 % code in the first half and 75 % in the second; *early* the other way round. Width 32, five seeds, the same learning rates. `MixedBatches` takes this as a schedule of two entries.
+# The test must keep the totals equal, or it would only show that more code helps code. Three runs read the same amount of plays and code: *even* half and half throughout; *late* with 25 % code in the first half and 75 % in the second; *early* the other way round. Width 64, 500 steps, peak rate 0.003, five seeds, the same learning rates. `MixedBatches` takes this as a schedule of two entries.
 #
 # **Predict** the code loss of *even* minus that of *late*. Ours: above 0.02 bits per byte, and the plays pay for it. *Early* should be the mirror image.
 
