@@ -1,7 +1,7 @@
 """Make chapter 21's stored runs: mixes at three sizes, late and early sources, a pile sorted, into results/data_mix.json.
 
 `python tools/data_mix_runs.py` makes the rows that are missing (about twenty minutes on two cores from nothing),
-`--part NAME` one part of mixes, order, pile; `--fresh` makes them again. Chapter 21 reads the file and makes one row
+`--part NAME` one part of mixes, order, pile, check; `--fresh` makes them again. Chapter 21 reads the file and makes the last row
 again.
 """
 
@@ -172,6 +172,11 @@ def pile_row(arm, seed):
     return train(parts, [(0, weights)], seed=seed, **CALM)
 
 
+def check_row(arm, seed):
+    """A run of 100 steps, short enough to end alike on every processor: chapter 21 makes it again."""
+    return train(files(), [(0, PAPER_MIX)], 32, seed, steps=100, peak=0.003)
+
+
 PARTS = {
     "mixes": (
         mix_row,
@@ -180,6 +185,7 @@ PARTS = {
     ),
     "order": (order_row, dict.fromkeys(ORDERS, (0, 1, 2, 3, 4))),
     "pile": (pile_row, dict.fromkeys(("as found", "down-sampled"), (0, 1, 2, 3, 4))),
+    "check": (check_row, {"check": (0,)}),
 }
 
 
