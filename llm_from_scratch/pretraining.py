@@ -535,7 +535,7 @@ class RampedBatches:
     `stages` lists (steps, windows, context); the last stage goes on after its steps. The stream is
     read in windows of the longest context, as by PackedBatches, and shorter ones are cut from them: all
     ramps of one longest context and seed read the same text in the same order. Batches are dicts as there.
-    Raises ValueError for a stage that is not whole windows, and for a short stream.
+    Source: paper §3.4.1. Raises ValueError for a stage that is not whole windows, and for a short stream.
     """
 
     tokens: Int[np.ndarray, " N"]
@@ -585,7 +585,8 @@ def spikes(
 
     Value i is one if it exceeds the median of the `window` before by more than threshold · 1.4826 times
     their median distance from it (for Gaussian noise, that many σ), or is not finite. The first `window`
-    are judged only for that. Returns booleans. Raises ValueError unless window >= 2 and threshold > 0.
+    are judged only for that. Returns booleans. The paper (§3.4.1) counts spikes without a definition; this
+    one is ours. Raises ValueError unless window >= 2 and threshold > 0.
     """
     if window < 2 or not threshold > 0:
         raise ValueError(f"need window >= 2, threshold > 0, got window={window}, {threshold}")
@@ -609,7 +610,7 @@ def skip_spikes(
     A skipped step changes neither weights nor the optimiser's state, its schedule included; nor
     does a gradient that is not finite. The first `warmup` finite norms are always accepted. The mean looks
     back about 20 steps and counts a skipped norm as `factor` means, so norms that grow for good are soon
-    accepted again. Raises ValueError unless factor > 1 and warmup >= 1.
+    accepted again. The rule is ours, not the paper's. Raises ValueError unless factor > 1 and warmup >= 1.
     """
     if not (factor > 1 and warmup >= 1):
         raise ValueError(f"need factor > 1 and warmup >= 1, got factor={factor}, warmup={warmup}")
