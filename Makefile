@@ -14,10 +14,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 export JAX_PLATFORMS ?= cpu
 export PYTHONHASHSEED := 0
 
-.PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish peers ablations bench clean
+.PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish peers ablations bench bench-train clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "  CHAPTER=07 makes test, run, workbook and grade do one chapter."
 
 $(STAMP): requirements.txt requirements-data.txt pyproject.toml
@@ -92,6 +92,10 @@ ablations: $(STAMP)  ## run the ablations of chapters 10 and 11, five seeds each
 
 bench: $(STAMP) $(PEERS)/.made  ## prefill and decode of SmolLM2 against transformers and llama.cpp, into results/decode.json
 	@$(BIN)/python benchmarks/decode.py
+
+bench-train: $(STAMP) $(PEERS)/.made  ## one training step against transformers in PyTorch, and its parts, into results/
+	@$(BIN)/python benchmarks/train.py
+	@$(BIN)/python benchmarks/step.py
 
 clean:  ## remove the virtual environment and the caches; runs/ and workbooks/ stay
 	rm -rf $(VENV) $(PEERS) .cache build *.egg-info .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,16 +220,18 @@ class LlamaCpp:
         return time.perf_counter() - start
 
 
-def serve(name: str, cores: list[int]) -> None:
-    """A contender's process: one JSON answer per line of commands."""
+CONTENDERS = {
+    "machine": lambda threads: Machine(),
+    "ours": lambda threads: Ours(),
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+}
+
+
+def serve(make: Callable[[int], object], cores: list[int]) -> None:
+    """A contender's process: one JSON answer per line of commands. `make` is given the threads."""
     os.sched_setaffinity(0, cores)
-    threads = len(cores)
-    contender = {
-        "machine": Machine,
-        "ours": Ours,
-        "transformers": lambda: Transformers(threads),
-        "llama.cpp": lambda: LlamaCpp(threads),
-    }[name]()
+    contender = make(len(cores))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be mistaken for an answer
     print(json.dumps({"batches": contender.batches}), file=answers, flush=True)
@@ -241,9 +244,9 @@ def serve(name: str, cores: list[int]) -> None:
 class Contender:
     """The other end of `serve`."""
 
-    def __init__(self, name: str, python: str, cores: list[int]):
+    def __init__(self, name: str, python: str, cores: list[int], script: str = __file__):
         environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
-        command = [python, __file__, "--serve", name, "--cores", *map(str, cores)]
+        command = [python, script, "--serve", name, "--cores", *map(str, cores)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -359,7 +362,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        return serve(options.serve, options.cores)
+        return serve(CONTENDERS[options.serve], options.cores)
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     write_weights()
     names = {"machine": sys.executable, "ours": sys.executable}

@@ -474,7 +474,7 @@ def visible(
 
 
 # %% [markdown]
-# Three documents of 5, 3 and 8 tokens in one row of 16. On the left the causal mask, in the middle the packed one: three triangles that don't touch. On the right what the fast version below computes: dark pairs are computed and used, light ones computed and masked, white ones never touched.
+# Three documents of 5, 3 and 8 tokens in one row of 16. On the left the causal mask, in the middle the packed one: three triangles that don't touch. On the right what the fast version below computes when there are no documents: dark pairs are computed and used, light ones computed and masked, white ones never touched.
 
 # %%
 segments = jnp.array([0] * 5 + [1] * 3 + [2] * 8, jnp.int32)
@@ -488,17 +488,14 @@ for ax, (title, mask) in zip(axes, masks.items(), strict=False):
     ax.set(title=title, xlabel="key slot", ylabel="query slot")
 blocks = np.tri(16) + 0.5 * np.kron(np.tri(4), np.ones((4, 4)))
 axes[2].imshow(blocks, cmap="Blues", vmax=2.4)
-axes[2].set(title="blocks of 4 queries", xlabel="key slot", ylabel="query slot")
+axes[2].set(title="blocks of 4 × 4", xlabel="key slot", ylabel="query slot")
 plt.tight_layout()
 plt.show()
 print("pairs seen:", {title: int(mask.sum()) for title, mask in masks.items()})
 assert int(masks["packed documents"].sum()) == 15 + 6 + 36
 
 # %% [markdown]
-# **Blocks.** The naive form computes all T × T scores and throws half away. Cut the queries into blocks. A block that ends at slot `high` needs the keys up to `high` and no others, so with $n$ blocks only $(n+1)/2n$ of
-# the square is computed: with four blocks 62 %.
-#
-# The second saving is in the shapes. Instead of repeating keys, the G queries of a group are laid under each other and meet their shared key head in one matrix product. This function computes one block:
+# **Decoding** first, since it needs no trick. The queries are few and stand at the end of a longer row of keys. Instead of repeating keys, the G queries of a group are laid under each other and meet their shared key head in one matrix product:
 
 
 # %%
@@ -509,7 +506,7 @@ def attend(
     v: Float[Array, "*B K S Dh"],
     mask: Bool[Array, "*_ t S"],
 ) -> Float[Array, "*B K G t Dh"]:
-    """softmax(q kᵀ / √Dh + mask) v for one block of queries, softmax in fp32."""
+    """softmax(q kᵀ / √Dh + mask) v, softmax in fp32; all scores exist at once."""
     *batch, groups, n_queries, width = q.shape
     wide = accumulator(q.dtype)
     flat = q.reshape(*batch, groups * n_queries, width)
@@ -522,8 +519,200 @@ def attend(
 
 
 # %% [markdown]
-# And this one is the attention of the model, for training and for decoding. With `start`, the T queries stand at the end of a longer row of keys, in the KV cache; without it, queries and keys are the same T tokens. All later
-# speed-ups of the course replace the body of this one function.
+# ### Blocks, and a backward pass of our own
+#
+# Training has as many queries as keys, and there the naive form wastes twice. It computes all T × T scores and throws half away. And its backward pass wants to see the scores again, so they are kept.
+#
+# Against the first waste, cut the queries into blocks. A block that ends at slot `high` needs the keys up to `high` and no others. **Predict:** how does the memory of forward and backward pass grow when T doubles, with and without these blocks? Ours: four times, both ways. Half of a square still grows like a square.
+# XLA knows how many temporary bytes a compiled program will need, so we ask it:
+
+
+# %%
+def query_blocks(q, k, v, mask, size=64):
+    """`naive_attention` of one block of queries after the other, each with the keys up to its end."""
+    rows = []
+    for low in range(0, q.shape[-3], size):
+        high = low + size
+        seen = (x[..., :high, :, :] for x in (k, v))
+        rows.append(naive_attention(q[..., low:high, :, :], *seen, mask[..., low:high, :high]))
+    return jnp.concatenate(rows, axis=-3)
+
+
+def temporary_bytes(function, length):
+    """What XLA sets aside for the gradients of sum(function(q, k, v)), 4 query and 2 key heads of 8."""
+    q, k = (jax.ShapeDtypeStruct((length, heads, 8), jnp.float32) for heads in (4, 2))
+    gradient = jax.grad(lambda *qkv: function(*qkv).sum(), argnums=(0, 1, 2))
+    return jax.jit(gradient).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+
+def growth(function, length):
+    """By which factor doubling the length multiplies the temporary bytes."""
+    return temporary_bytes(function, 2 * length) / temporary_bytes(function, length)
+
+
+for function in (naive_attention, query_blocks):
+    factor = growth(lambda *qkv, f=function: f(*qkv, np.tri(len(qkv[0]), dtype=bool)), 256)
+    print(f"{function.__name__:15} from 256 to 512 tokens: bytes × {factor:.1f}")
+    assert 3.2 < factor < 4.5
+
+# %% [markdown]
+# What is kept are the weights of the softmax. FlashAttention (Dao et al. 2022) keeps none: it cuts the keys into blocks as well, and the backward pass computes each block of weights again. Two things have to work block by block.
+#
+# *Forward*, the softmax. This is chapter 05's `online_attention`. When a block of keys brings a larger maximum $m'$ than the $m$ so far, sum and output are brought to the new scale, and the block is added:
+#
+# $$ \ell' = e^{m-m'}\,\ell + \sum_s e^{e_s-m'}, \qquad o' = e^{m-m'}\,o + \sum_s e^{e_s-m'}\,v_s, \qquad \text{in the end } o/\ell . $$
+#
+# *Backward*, its gradient. One number per query is enough to have any weight again: with $\lambda_t = m_t + \ln \ell_t$ it is $p_{ts} = e^{e_{ts} - \lambda_t}$, finished, no maximum to look for. Write $dx$ for the gradient of the loss by $x$. Then $dp_{ts} = do_t \cdot v_s$, and the softmax gives
+#
+# $$ de_{ts} = p_{ts}\Big(dp_{ts} - \sum_r p_{tr}\,dp_{tr}\Big), \qquad \sum_r p_{tr}\,dp_{tr} = do_t \cdot \sum_r p_{tr} v_r = do_t \cdot o_t . $$
+#
+# The sum ran over all keys of the row; the second equation makes it a product of two vectors that we have. So a block needs nothing from the other blocks.
+#
+# Now the code, for one key/value head. The rows are cut into n blocks of t tokens, and G queries of a token lie under each other: q is `n t·G Dh`, k and v are `n t Dh`. First the scores of one pair of blocks. A block of keys that is earlier than the block of queries is seen whole, but for other documents; on the diagonal there is the triangle.
+
+
+# %%
+#| export
+def product(a: Float[Array, "m i"], b: Float[Array, "i n"]) -> Float[Array, "m n"]:
+    """a b, summed and returned in fp32 (in fp64 when a is)."""
+    return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
+
+
+def block_pairs(n: int) -> Int[np.ndarray, "pairs 2"]:
+    """All (i, j), query block and key block, with j ≤ i; each i starts with its diagonal, j = i."""
+    return np.array([(i, j) for i in range(n) for j in range(i, -1, -1)], np.int32)
+
+
+def block_scores(
+    q: Float[Array, "t*G Dh"],
+    k: Float[Array, "t Dh"],
+    q_segments: Int[Array, " t"],
+    k_segments: Int[Array, " t"],
+    earlier: Bool[Array, ""],
+) -> Float[Array, "t*G t"]:
+    """q kᵀ / √Dh in fp32, −∞ where the mask hides; earlier: the keys are of an earlier block."""
+    seen = (np.tri(len(k), dtype=bool) | earlier) & (q_segments[:, None] == k_segments[None, :])
+    scores = product(q, k.T)
+    scores = scores * scores.dtype.type(q.shape[-1] ** -0.5)
+    return jnp.where(jnp.repeat(seen, len(q) // len(k), axis=0), scores, -jnp.inf)
+
+
+# %% [markdown]
+# The forward pass is a loop over the pairs of blocks (`unroll` spares a short row, with its one pair, the loop). It starts each row with the diagonal, where every query sees at least itself: from then on the maximum is finite. It returns the output, and what the backward pass will need.
+
+
+# %%
+#| export workbook
+def blockwise_forward(q, k, v, segments):
+    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention, Algorithm 1.
+
+    Shapes as in `blockwise`. Kept are the inputs, the output and λ = m + ln ℓ "n t·G 1": no scores.
+    """
+
+    def read(carry, pair):
+        (i, j), (out, largest, total) = pair, carry
+        scores = block_scores(q[i], k[j], segments[i], segments[j], j < i)
+        new = jnp.maximum(largest[i], scores.max(axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(largest[i] - new), jnp.exp(scores - new)
+        out = out.at[i].set(shrink * out[i] + product(weights.astype(v.dtype), v[j]))
+        total = total.at[i].set(shrink * total[i] + weights.sum(axis=-1, keepdims=True))
+        return (out, largest.at[i].set(new), total), None
+
+    zero = jnp.zeros((*q.shape[:2], 1), accumulator(q.dtype))
+    start = jnp.zeros(q.shape, zero.dtype), zero - jnp.inf, zero
+    pairs = block_pairs(len(q))
+    (out, largest, total), _ = jax.lax.scan(read, start, pairs, unroll=len(pairs) == 1)
+    out = (out / total).astype(q.dtype)
+    return out, (q, k, v, segments, out, largest + jnp.log(total))
+
+
+# %% [markdown]
+# The backward pass is the same loop. Its five matrix products are the scores again, $dp$, and one for each of the three gradients. Those of keys and values are summed transposed, `n Dh t`, and turned at the end: so it is the narrow matrix, Dh wide, that the product has to transpose, and not the weights.
+
+
+# %%
+#| export workbook
+def blockwise_backward(saved, d_out):
+    """Gradients of `blockwise` by q, k and v for the gradient d_out by its output "n t·G Dh".
+
+    Every block of weights is computed again from the scores and λ: FlashAttention, Algorithm 4.
+    """
+    q, k, v, segments, out, log_total = saved
+    wide = log_total.dtype
+    own = (d_out.astype(wide) * out.astype(wide)).sum(axis=-1, keepdims=True)  # do · o
+    scale = wide.type(q.shape[-1] ** -0.5)
+
+    def read(carry, pair):
+        (i, j), (d_q, d_k, d_v) = pair, carry
+        scores = block_scores(q[i], k[j], segments[i], segments[j], j < i)
+        weights = jnp.exp(scores - log_total[i])
+        d_scores = weights * (product(d_out[i], v[j].T) - own[i]) * scale
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+        d_q = d_q.at[i].add(product(d_scores, k[j]))
+        d_k = d_k.at[j].add(product(q[i].T, d_scores))
+        d_v = d_v.at[j].add(product(d_out[i].T, weights))
+        return (d_q, d_k, d_v), None
+
+    turned = jnp.zeros(k.swapaxes(1, 2).shape, wide)
+    start = jnp.zeros(q.shape, wide), turned, turned
+    pairs = block_pairs(len(q))
+    (d_q, d_k, d_v), _ = jax.lax.scan(read, start, pairs, unroll=len(pairs) == 1)
+    d_q, d_k, d_v = (x.astype(q.dtype) for x in (d_q, d_k.swapaxes(1, 2), d_v.swapaxes(1, 2)))
+    return d_q, d_k, d_v, None
+
+
+# %% [markdown]
+# `jax.custom_vjp` joins the two: whoever differentiates `blockwise` gets our backward pass instead of one that JAX derives from the loop.
+#
+# How large is a block? Small ones compute less of what the mask hides: n blocks compute $(n+1)/2n$ of the square. Large ones give a processor more to do at a time. We measured 64 to 512 tokens: a block of 64 keeps only one of two cores busy, and from 256 on there is nothing left to gain. So a row is cut into blocks of at most 256, and into two at least, unless it is very short.
+
+
+# %%
+#| export
+@jax.custom_vjp
+def blockwise(
+    q: Float[Array, "n t*G Dh"],
+    k: Float[Array, "n t Dh"],
+    v: Float[Array, "n t Dh"],
+    segments: Int[Array, "n t"],
+) -> Float[Array, "n t*G Dh"]:
+    """Causal attention of the G query heads of one key/value head, in n blocks of t tokens.
+
+    Softmax and sums in fp32. Neither pass ever holds more scores than those of one pair of blocks,
+    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao et al. 2022, Algorithms 1 and 4.
+    """
+    return blockwise_forward(q, k, v, segments)[0]
+
+
+blockwise.defvjp(blockwise_forward, blockwise_backward)
+
+
+def block_count(length: int) -> int:
+    """Into how many equal blocks `causal_head` cuts a row: of at most 256 tokens, two from 65 on."""
+    return max(1 + (length > 64), -(-length // 256))
+
+
+def causal_head(
+    q: Float[Array, "T G Dh"],
+    k: Float[Array, "T Dh"],
+    v: Float[Array, "T Dh"],
+    segments: Int[Array, " T"],
+) -> Float[Array, "T G Dh"]:
+    """`blockwise` for a row of any length: padded at the end, where no query looks."""
+    length, groups, width = q.shape
+    n = block_count(length)
+    size = -(-length // n)
+
+    def cut(x: Array) -> Array:
+        padding = ((0, n * size - length), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(x, padding).reshape(n, size, *x.shape[1:])
+
+    out = blockwise(cut(q).reshape(n, size * groups, width), cut(k), cut(v), cut(segments))
+    return out.reshape(n * size, groups, width)[:length]
+
+
+# %% [markdown]
+# And this is the attention of the model, for training and for decoding. Without `start`, queries and keys are the same T tokens: `jax.vmap` runs the blocks for every key/value head and every batch axis. With it, the T queries stand at the end of a longer row of keys, in the KV cache.
 
 
 # %%
@@ -539,45 +728,62 @@ def attention(
     """Causal attention of H query heads over K key/value heads; head h reads key head h·K//H.
 
     Query t stands in slot start + t and sees the keys of slots up to its own, in its own segment.
-    Without start, queries and keys are the same T slots (S = T), and blocks of queries skip the
-    keys that the mask would hide. Softmax in fp32. Source: Ainslie et al. 2023; paper §3.2.
+    Without start, queries and keys are the same T slots (S = T), and memory grows like T, not T²
+    (see `blockwise`). Softmax in fp32. Source: Ainslie et al. 2023; Dao et al. 2022; paper §3.2.
     """
-    *batch, n_queries, n_heads, width = q.shape
-    slots = jnp.arange(n_queries).reshape((1,) * len(batch) + (-1,))
-    slots = slots if start is None else slots + start[..., None]
-    key_segments = segments if key_segments is None else key_segments
-
-    # (*B, K, G, T, Dh) and (*B, K, S, Dh): the G queries of a group meet their keys in one product
-    q = jnp.moveaxis(q.reshape(*batch, n_queries, k.shape[-2], -1, width), -4, -2)
-    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
-
-    def block(low: int, high: int, n_keys: int) -> Float[Array, "*B K G t Dh"]:
-        own = None if segments is None else segments[..., low:high]
-        mask = visible(own, key_segments, slots[..., low:high], n_keys)
-        return attend(q[..., low:high, :], k[..., :n_keys, :], v[..., :n_keys, :], mask)
-
+    *batch, n_queries, _, width = q.shape
+    grouped = q.reshape(*batch, n_queries, k.shape[-2], -1, width)  # *B T K G Dh
     if start is None:
-        size = max(64, n_queries // 8)
-        cuts = [(low, min(low + size, n_queries)) for low in range(0, n_queries, size)]
-        out = jnp.concatenate([block(low, high, high) for low, high in cuts], axis=-2)
-    else:
-        out = block(0, n_queries, k.shape[-2])
-    return jnp.moveaxis(out, -2, -4).reshape(*batch, n_queries, n_heads, width)
+        if segments is None:
+            segments = jnp.zeros((*batch, n_queries), jnp.int32)
+        heads = jax.vmap(causal_head, in_axes=(-3, -2, -2, None), out_axes=-3)
+        for _ in batch:
+            heads = jax.vmap(heads)
+        return heads(grouped, k, v, segments).reshape(q.shape)
+    slots = start[..., None] + jnp.arange(n_queries).reshape((1,) * len(batch) + (-1,))
+    key_segments = segments if key_segments is None else key_segments
+    mask = visible(segments, key_segments, slots, k.shape[-3])
+    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)  # *B K S Dh
+    out = attend(jnp.moveaxis(grouped, -4, -2), k, v, mask)
+    return jnp.moveaxis(out, -2, -4).reshape(q.shape)
 
 
 # %% [markdown]
-# Naive before fast, and the assert that they agree: at a length that needs three blocks, the last one ragged, with documents.
+# Naive before fast, and the assert that they agree: at a length that is cut into two equal blocks, and at one that has to be padded for three, with documents; the output and, since the backward pass is our own, all three gradients.
+
 
 # %%
-length = 150
-q = jax.random.normal(KEYS["vectors"], (2, length, 4, 8))
-k, v = jax.random.normal(KEYS["other"], (2, 2, length, 2, 8))
-documents = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // 40, (2, length))
-mask = visible(documents, documents, jnp.broadcast_to(jnp.arange(length), (2, length)), length)
-fast = jax.jit(attention)(q, k, v, documents)
-difference = jnp.abs(fast - jax.jit(naive_attention)(q, k, v, mask)).max()
-print("blocks and naive agree to 1e-5:", bool(difference < 1e-5))
-assert difference < 1e-5
+def output_and_gradients(function, q, k, v, last):
+    """function(q, k, v, last), and its gradients by q, k, v for one fixed gradient by the output."""
+    out, backward = jax.vjp(lambda *qkv: function(*qkv, last), q, k, v)
+    return out, backward(jnp.cos(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype))
+
+
+for length in (150, 514):
+    q = jax.random.normal(KEYS["vectors"], (2, length, 4, 8))
+    k, v = jax.random.normal(KEYS["other"], (2, 2, length, 2, 8))
+    documents = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // 40, (2, length))
+    mask = visible(documents, documents, jnp.broadcast_to(jnp.arange(length), (2, length)), length)
+    both = jax.jit(output_and_gradients, static_argnums=0)
+    fast, naive = both(attention, q, k, v, documents), both(naive_attention, q, k, v, mask)
+    differences = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.abs(a - b).max(), fast, naive))
+    print(f"{length}: output, dq, dk, dv agree to 1e-5: {[bool(d < 1e-5) for d in differences]}")
+    assert max(differences) < 1e-5
+
+# %% [markdown]
+# And the memory? **Predict** the factor for doubling T. Ours: two for long rows, since what is left are vectors for each token; less for short ones, where the scores of one pair of blocks weigh more.
+
+# %%
+factor = growth(attention, 2**15)
+share = temporary_bytes(attention, 2048) / temporary_bytes(
+    lambda *qkv: naive_attention(*qkv, np.tri(2048, dtype=bool)), 2048
+)
+print(f"attention from 32,768 to 65,536 tokens: bytes × {factor:.0f}")
+print(f"at 2,048 tokens below a twentieth of naive attention's: {share < 0.05}")
+assert 1.7 < factor < 2.3 and share < 0.05
+
+# %% [markdown]
+# The price is one product more: five in the backward pass instead of four. It is paid back: how much a training step gains, and where its time still goes, is section 16 of the next chapter. `make bench-train` times whole steps, ours and PyTorch's.
 
 # %% [markdown]
 # Now the module: four projections, the rotation, attention, and the output. `past` is a layer's part of the KV cache: buffers of a fixed length, so that one compiled program serves every step of decoding. New keys are written
@@ -1441,7 +1647,8 @@ plt.tight_layout()
 plt.show()
 assert jnp.allclose(maps.sum(-1), 1, atol=1e-5)
 mean_distance = (maps * (jnp.arange(42)[:, None] - jnp.arange(42))[None]).sum(-1).mean(-1)
-print("mean distance looked back, in bytes:", [f"{d:.0f}" for d in mean_distance])
+first, second = mean_distance.reshape(2, 2).mean(axis=1)
+print(f"heads 0 and 1 look back more than 1.5 times as far as 2 and 3: {first > 1.5 * second}")
 
 # %% [markdown]
 # ## Break it: somebody else's rotation
@@ -1492,6 +1699,7 @@ assert gaps[0] < 1e-4 and jnp.median(gaps[1:]) > 0.1
 # - **Shazeer 2020**, *GLU Variants Improve Transformer*. Gains of a few hundredths of a nat per token after long runs; our margin is several times coarser.
 # - **Su et al. 2021**, *RoFormer*. Equation 34 is the form that everybody implements. Their claim of a decay with distance holds for an average over directions, not for a trained head.
 # - **Xiong et al. 2023**, *Effective Long-Context Scaling of Foundation Models*: the larger base is found effective *with continued training on long rows*. Our test reads without it, which is harder.
+# - **Dao et al. 2022**, *FlashAttention*. Their subject is the traffic between a GPU's large and small memory; Algorithms 1 and 4 are the two loops of section 4, with the order of the loops exchanged. Exact, and linear in memory: both hold here. The speed on a GPU is not tested. The paper gives the backward pass dropout too; Llama has none.
 # - **Ainslie et al. 2023**, *GQA*. They convert multi-head checkpoints by averaging heads and training on. Our tests show the identity in the other direction: repeating the heads of a grouped model gives a multi-head model with the same outputs.
 # - **Xiong et al. 2020**, *On Layer Normalization in the Transformer Architecture*: why post-norm needs warm-up. Section 7 says what we saw, at two rates.
 # - **Raschka**, *Build a Large Language Model (From Scratch)*, with its bonus notebooks from GPT to Llama: builds the same parts on a GPT skeleton, and tests a tiny random model against Hugging Face's, which is where our golden test comes from.
@@ -1563,6 +1771,7 @@ print("pieces of", [len(p) for p in pieces], "give the logits of one pass")
 # - Zhang, B. and Sennrich, R. (2019). *Root Mean Square Layer Normalization*. arXiv 1910.07467.
 # - Shazeer, N. (2020). *GLU Variants Improve Transformer*. arXiv 2002.05202.
 # - Su, J. et al. (2021). *RoFormer: Enhanced Transformer with Rotary Position Embedding*. arXiv 2104.09864.
+# - Dao, T., Fu, D. Y., Ermon, S., Rudra, A. and Ré, C. (2022). *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*. arXiv 2205.14135.
 # - Ainslie, J. et al. (2023). *GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints*. arXiv 2305.13245.
 # - Xiong, R. et al. (2020). *On Layer Normalization in the Transformer Architecture*. arXiv 2002.04745.
 # - Liu, X. et al. (2023). *Scaling Laws of RoPE-based Extrapolation*. arXiv 2310.05209.

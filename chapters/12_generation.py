@@ -39,6 +39,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm_from_scratch.llama import (
@@ -158,15 +159,36 @@ assert float(max(difference)) < 1e-4
 # %% [markdown]
 # One program. Position and length are *numbers in arrays*, not shapes, so step 64 runs the code of step 1. In `tests/test_generation.py` the same equality is a property over random shapes, lengths and batches: 1e-4 in fp32, 1e-10 in fp64.
 #
-# **Predict.** Per $n$ generated tokens, how does the work grow, recomputed and cached? Ours: like $n^2$ and like $n$, and a little more, as attention adds to both. We count rather than time: XLA tells how many operations a program has without running it. The text has length $n$ and the cache $n$ slots, so a single step of the cached form isn't quite constant: attention looks at all $n$ slots.
+# **Predict.** Per $n$ generated tokens, how does the work grow, recomputed and cached? Ours: like $n^2$ and like $n$, and a little more, as attention adds to both. We count rather than time: XLA tells how many operations a program has without running it. (It counts the body of a loop once, whatever the number of turns, and chapter 10's attention is a loop. So each loop's other turns are added.) The text has length $n$ and the cache $n$ slots, so a single step of the cached form isn't quite constant: attention looks at all $n$ slots.
 
 
 # %%
-def count_flops(function, *arguments):
-    """Floating-point operations of a call, from the program that JAX hands to XLA; nothing is run."""
-    return function.lower(*arguments).cost_analysis()["flops"]
+#| export
+def xla_count(program: ClosedJaxpr, what: str = "flops") -> float:
+    """XLA's "flops" or "bytes accessed" of a program, `jax.jit(f).trace(...).jaxpr`; nothing is run.
+
+    The program as JAX hands it over, before anything is fused. XLA counts the body of a `lax.scan`
+    once; its other turns are added.
+    """
+
+    def loops(jaxpr: Jaxpr) -> Iterator[tuple[int, ClosedJaxpr]]:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation.params["length"], equation.params["jaxpr"]
+                continue
+            for inner in jaxprs_in_params(equation.params):
+                yield from loops(getattr(inner, "jaxpr", inner))
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals]
+    total, counts = jax.jit(jaxpr_as_fun(program)).lower(*shapes).cost_analysis()[what], {}
+    for turns, body in loops(program.jaxpr):
+        if (text := str(body)) not in counts:  # the layers of a model have the same loops
+            counts[text] = xla_count(body, what)
+        total += (turns - 1) * counts[text]
+    return total
 
 
+# %%
 def of_shape(*shape):
     """An array of ids that has a shape and no contents."""
     return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -176,8 +198,8 @@ lengths = np.array([64, 128, 256, 512])
 full, step = [], []
 for n in lengths:
     cache = jax.eval_shape(lambda n=n: init_cache(model.config, 1, int(n)))
-    full.append(n * count_flops(forward, model, of_shape(1, int(n))))
-    step.append(n * count_flops(advance, model, of_shape(1), cache))
+    full.append(n * xla_count(forward.trace(model, of_shape(1, int(n))).jaxpr))
+    step.append(n * xla_count(advance.trace(model, of_shape(1), cache).jaxpr))
 print("tokens   recomputed   cached, GFLOP")
 for n, a, b in zip(lengths, full, step, strict=True):
     print(f"{n:6}   {a / 1e9:10,.1f}   {b / 1e9:6.2f}")
@@ -843,14 +865,14 @@ ledger.claim(
 # %%
 n_weights = sum(x.size for x in jax.tree.leaves(model))
 slots = 256
-flops = count_flops(prefill, model, of_shape(1, slots), of_shape(1), slots)
+flops = xla_count(prefill.trace(model, of_shape(1, slots), of_shape(1), slots).jaxpr)
 print(
     f"prefill of {slots}: {flops / 1e6:.0f} MFLOP, {flops / 4 / n_weights:.0f} per byte of weights"
 )
 print("batch   MFLOP   weights, MB   cache, MB   FLOP per byte")
 for batch in (1, 4, 16, 64):
     cache = jax.eval_shape(lambda b=batch: init_cache(model.config, b, slots))
-    flops = count_flops(advance, model, of_shape(batch), cache)
+    flops = xla_count(advance.trace(model, of_shape(batch), cache).jaxpr)
     held = 4 * n_weights / 1e6, sum(x.size * 4 for x in (*cache.k, *cache.v)) / 1e6
     print(
         f"{batch:5} {flops / 1e6:7.0f} {held[0]:13.0f} {held[1]:11.1f} {flops / 1e6 / sum(held):12.1f}"

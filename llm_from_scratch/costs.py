@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-from llm_from_scratch.llama import CONFIGS, LlamaConfig, count_params
+from llm_from_scratch.llama import CONFIGS, LlamaConfig, block_count, count_params
 from llm_from_scratch.pretraining import matmul_peak
 
 
@@ -149,9 +149,9 @@ def attended_pairs(new: int, cached: int = 0, count: str = "causal") -> int:
         raise ValueError(f"count must be 'causal', 'full' or 'blocks', got {count!r}")
     if cached:
         raise ValueError(f"'blocks' counts a pass without a cache, got cached={cached}")
-    size = max(64, new // 8)
-    ends = [(low, min(low + size, new)) for low in range(0, new, size)]
-    return sum((high - low) * high for low, high in ends)
+    n = block_count(new)
+    size = -(-new // n)
+    return n * (n + 1) // 2 * size**2
 
 
 def forward_flops(
@@ -179,9 +179,14 @@ def forward_flops(
 def training_flops(config: LlamaConfig, batch: int, context: int, *, count: str = "causal") -> int:
     """FLOPs of the matrix products of one training step: forward once, backward twice that.
 
-    Nothing is computed twice (no activation checkpointing); the optimiser is left out.
+    With count="blocks" also the scores, which chapter 10's backward pass computes again. No activation
+    checkpointing; the optimiser is left out.
     """
-    return 3 * forward_flops(config, batch, context, count=count)
+    flops = 3 * forward_flops(config, batch, context, count=count)
+    if count != "blocks":
+        return flops
+    again = 2 * config.n_heads * config.head_dim * config.n_layers
+    return flops + again * batch * attended_pairs(context, count=count)
 
 
 def mfu(
@@ -214,17 +219,17 @@ def activation_bytes(
     context: int,
     dtype: str = "fp32",
     *,
-    scores: int = 2,
+    scores: int = 0,
     recompute: bool = False,
 ) -> int:
     """Bytes that the forward pass of chapter 10 leaves for the backward pass.
 
-    scores: copies of the attention scores that are kept (0 for a kernel that writes none);
+    scores: copies of all T × T attention scores that are kept (chapter 10 keeps none);
     recompute: keep each layer's input only, and one layer's activations at a time.
     """
     c = config
-    keys = attended_pairs(context, count="blocks") / context
-    heads = 2 * c.n_heads * c.head_dim + 5 * c.n_kv_heads * c.head_dim + scores * c.n_heads * keys
+    kept = 4 * (c.n_heads + c.n_kv_heads) * c.head_dim + c.n_heads
+    heads = kept + scores * c.n_heads * context
     layer = 6 * c.dim + heads + 5 * c.hidden_dim
     layers = c.n_layers * c.dim + layer if recompute else c.n_layers * layer
     return round(batch * context * (layers + 4 * c.dim + 2 * c.vocab_size) * BYTES[dtype])

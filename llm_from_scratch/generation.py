@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llm_from_scratch.llama import (
@@ -53,6 +54,30 @@ def advance(
     """
     logits, cache = model(tokens[:, None], cache=cache)
     return logits[:, 0], cache
+
+
+def xla_count(program: ClosedJaxpr, what: str = "flops") -> float:
+    """XLA's "flops" or "bytes accessed" of a program, `jax.jit(f).trace(...).jaxpr`; nothing is run.
+
+    The program as JAX hands it over, before anything is fused. XLA counts the body of a `lax.scan`
+    once; its other turns are added.
+    """
+
+    def loops(jaxpr: Jaxpr) -> Iterator[tuple[int, ClosedJaxpr]]:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "scan":
+                yield equation.params["length"], equation.params["jaxpr"]
+                continue
+            for inner in jaxprs_in_params(equation.params):
+                yield from loops(getattr(inner, "jaxpr", inner))
+
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals]
+    total, counts = jax.jit(jaxpr_as_fun(program)).lower(*shapes).cost_analysis()[what], {}
+    for turns, body in loops(program.jaxpr):
+        if (text := str(body)) not in counts:  # the layers of a model have the same loops
+            counts[text] = xla_count(body, what)
+        total += (turns - 1) * counts[text]
+    return total
 
 
 def pad_prompts(

@@ -172,7 +172,7 @@ def attend(
     v: Float[Array, "*B K S Dh"],
     mask: Bool[Array, "*_ t S"],
 ) -> Float[Array, "*B K G t Dh"]:
-    """softmax(q kᵀ / √Dh + mask) v for one block of queries, softmax in fp32."""
+    """softmax(q kᵀ / √Dh + mask) v, softmax in fp32; all scores exist at once."""
     *batch, groups, n_queries, width = q.shape
     wide = accumulator(q.dtype)
     flat = q.reshape(*batch, groups * n_queries, width)
@@ -182,6 +182,124 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = weights.reshape(*batch, groups * n_queries, -1) @ v
     return out.reshape(q.shape)
+
+
+def product(a: Float[Array, "m i"], b: Float[Array, "i n"]) -> Float[Array, "m n"]:
+    """a b, summed and returned in fp32 (in fp64 when a is)."""
+    return jnp.matmul(a, b, preferred_element_type=accumulator(a.dtype))
+
+
+def block_pairs(n: int) -> Int[np.ndarray, "pairs 2"]:
+    """All (i, j), query block and key block, with j ≤ i; each i starts with its diagonal, j = i."""
+    return np.array([(i, j) for i in range(n) for j in range(i, -1, -1)], np.int32)
+
+
+def block_scores(
+    q: Float[Array, "t*G Dh"],
+    k: Float[Array, "t Dh"],
+    q_segments: Int[Array, " t"],
+    k_segments: Int[Array, " t"],
+    earlier: Bool[Array, ""],
+) -> Float[Array, "t*G t"]:
+    """q kᵀ / √Dh in fp32, −∞ where the mask hides; earlier: the keys are of an earlier block."""
+    seen = (np.tri(len(k), dtype=bool) | earlier) & (q_segments[:, None] == k_segments[None, :])
+    scores = product(q, k.T)
+    scores = scores * scores.dtype.type(q.shape[-1] ** -0.5)
+    return jnp.where(jnp.repeat(seen, len(q) // len(k), axis=0), scores, -jnp.inf)
+
+
+def blockwise_forward(q, k, v, segments):
+    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention, Algorithm 1.
+
+    Shapes as in `blockwise`. Kept are the inputs, the output and λ = m + ln ℓ "n t·G 1": no scores.
+    """
+
+    def read(carry, pair):
+        (i, j), (out, largest, total) = pair, carry
+        scores = block_scores(q[i], k[j], segments[i], segments[j], j < i)
+        new = jnp.maximum(largest[i], scores.max(axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(largest[i] - new), jnp.exp(scores - new)
+        out = out.at[i].set(shrink * out[i] + product(weights.astype(v.dtype), v[j]))
+        total = total.at[i].set(shrink * total[i] + weights.sum(axis=-1, keepdims=True))
+        return (out, largest.at[i].set(new), total), None
+
+    zero = jnp.zeros((*q.shape[:2], 1), accumulator(q.dtype))
+    start = jnp.zeros(q.shape, zero.dtype), zero - jnp.inf, zero
+    pairs = block_pairs(len(q))
+    (out, largest, total), _ = jax.lax.scan(read, start, pairs, unroll=len(pairs) == 1)
+    out = (out / total).astype(q.dtype)
+    return out, (q, k, v, segments, out, largest + jnp.log(total))
+
+
+def blockwise_backward(saved, d_out):
+    """Gradients of `blockwise` by q, k and v for the gradient d_out by its output "n t·G Dh".
+
+    Every block of weights is computed again from the scores and λ: FlashAttention, Algorithm 4.
+    """
+    q, k, v, segments, out, log_total = saved
+    wide = log_total.dtype
+    own = (d_out.astype(wide) * out.astype(wide)).sum(axis=-1, keepdims=True)  # do · o
+    scale = wide.type(q.shape[-1] ** -0.5)
+
+    def read(carry, pair):
+        (i, j), (d_q, d_k, d_v) = pair, carry
+        scores = block_scores(q[i], k[j], segments[i], segments[j], j < i)
+        weights = jnp.exp(scores - log_total[i])
+        d_scores = weights * (product(d_out[i], v[j].T) - own[i]) * scale
+        weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
+        d_q = d_q.at[i].add(product(d_scores, k[j]))
+        d_k = d_k.at[j].add(product(q[i].T, d_scores))
+        d_v = d_v.at[j].add(product(d_out[i].T, weights))
+        return (d_q, d_k, d_v), None
+
+    turned = jnp.zeros(k.swapaxes(1, 2).shape, wide)
+    start = jnp.zeros(q.shape, wide), turned, turned
+    pairs = block_pairs(len(q))
+    (d_q, d_k, d_v), _ = jax.lax.scan(read, start, pairs, unroll=len(pairs) == 1)
+    d_q, d_k, d_v = (x.astype(q.dtype) for x in (d_q, d_k.swapaxes(1, 2), d_v.swapaxes(1, 2)))
+    return d_q, d_k, d_v, None
+
+
+@jax.custom_vjp
+def blockwise(
+    q: Float[Array, "n t*G Dh"],
+    k: Float[Array, "n t Dh"],
+    v: Float[Array, "n t Dh"],
+    segments: Int[Array, "n t"],
+) -> Float[Array, "n t*G Dh"]:
+    """Causal attention of the G query heads of one key/value head, in n blocks of t tokens.
+
+    Softmax and sums in fp32. Neither pass ever holds more scores than those of one pair of blocks,
+    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao et al. 2022, Algorithms 1 and 4.
+    """
+    return blockwise_forward(q, k, v, segments)[0]
+
+
+blockwise.defvjp(blockwise_forward, blockwise_backward)
+
+
+def block_count(length: int) -> int:
+    """Into how many equal blocks `causal_head` cuts a row: of at most 256 tokens, two from 65 on."""
+    return max(1 + (length > 64), -(-length // 256))
+
+
+def causal_head(
+    q: Float[Array, "T G Dh"],
+    k: Float[Array, "T Dh"],
+    v: Float[Array, "T Dh"],
+    segments: Int[Array, " T"],
+) -> Float[Array, "T G Dh"]:
+    """`blockwise` for a row of any length: padded at the end, where no query looks."""
+    length, groups, width = q.shape
+    n = block_count(length)
+    size = -(-length // n)
+
+    def cut(x: Array) -> Array:
+        padding = ((0, n * size - length), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(x, padding).reshape(n, size, *x.shape[1:])
+
+    out = blockwise(cut(q).reshape(n, size * groups, width), cut(k), cut(v), cut(segments))
+    return out.reshape(n * size, groups, width)[:length]
 
 
 def attention(
@@ -195,30 +313,24 @@ def attention(
     """Causal attention of H query heads over K key/value heads; head h reads key head h·K//H.
 
     Query t stands in slot start + t and sees the keys of slots up to its own, in its own segment.
-    Without start, queries and keys are the same T slots (S = T), and blocks of queries skip the
-    keys that the mask would hide. Softmax in fp32. Source: Ainslie et al. 2023; paper §3.2.
+    Without start, queries and keys are the same T slots (S = T), and memory grows like T, not T²
+    (see `blockwise`). Softmax in fp32. Source: Ainslie et al. 2023; Dao et al. 2022; paper §3.2.
     """
-    *batch, n_queries, n_heads, width = q.shape
-    slots = jnp.arange(n_queries).reshape((1,) * len(batch) + (-1,))
-    slots = slots if start is None else slots + start[..., None]
-    key_segments = segments if key_segments is None else key_segments
-
-    # (*B, K, G, T, Dh) and (*B, K, S, Dh): the G queries of a group meet their keys in one product
-    q = jnp.moveaxis(q.reshape(*batch, n_queries, k.shape[-2], -1, width), -4, -2)
-    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
-
-    def block(low: int, high: int, n_keys: int) -> Float[Array, "*B K G t Dh"]:
-        own = None if segments is None else segments[..., low:high]
-        mask = visible(own, key_segments, slots[..., low:high], n_keys)
-        return attend(q[..., low:high, :], k[..., :n_keys, :], v[..., :n_keys, :], mask)
-
+    *batch, n_queries, _, width = q.shape
+    grouped = q.reshape(*batch, n_queries, k.shape[-2], -1, width)  # *B T K G Dh
     if start is None:
-        size = max(64, n_queries // 8)
-        cuts = [(low, min(low + size, n_queries)) for low in range(0, n_queries, size)]
-        out = jnp.concatenate([block(low, high, high) for low, high in cuts], axis=-2)
-    else:
-        out = block(0, n_queries, k.shape[-2])
-    return jnp.moveaxis(out, -2, -4).reshape(*batch, n_queries, n_heads, width)
+        if segments is None:
+            segments = jnp.zeros((*batch, n_queries), jnp.int32)
+        heads = jax.vmap(causal_head, in_axes=(-3, -2, -2, None), out_axes=-3)
+        for _ in batch:
+            heads = jax.vmap(heads)
+        return heads(grouped, k, v, segments).reshape(q.shape)
+    slots = start[..., None] + jnp.arange(n_queries).reshape((1,) * len(batch) + (-1,))
+    key_segments = segments if key_segments is None else key_segments
+    mask = visible(segments, key_segments, slots, k.shape[-3])
+    k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)  # *B K S Dh
+    out = attend(jnp.moveaxis(grouped, -4, -2), k, v, mask)
+    return jnp.moveaxis(out, -2, -4).reshape(q.shape)
 
 
 def write_at(buffer: Array, new: Array, start: Int[Array, "*B"]) -> Array:

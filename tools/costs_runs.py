@@ -30,7 +30,7 @@ LARGE = LlamaConfig(4096, 1024, 10, 16, 8, 2816, 64, tie_embeddings=True, max_se
 
 
 def random_shapes(count: int = 8, seed: int = 0) -> dict[str, tuple[LlamaConfig, int, int]]:
-    """Small Llamas that the formula was not made from: config, batch, context by name."""
+    """Small Llamas that the formula was not made from (it was with seed 0): config, batch, context by name."""
     draw, shapes = np.random.default_rng(seed), {}
     pick = lambda *options: int(draw.choice(options))  # noqa: E731
     for i in range(count):
@@ -51,7 +51,7 @@ def random_shapes(count: int = 8, seed: int = 0) -> dict[str, tuple[LlamaConfig,
     return shapes
 
 
-SHAPES = {"chapter 11's step": (MINI, 2, 256)} | random_shapes()
+SHAPES = {"chapter 11's step": (MINI, 2, 256)} | random_shapes(seed=1)
 
 
 def best(call: Callable, repeats: int = 4) -> float:
@@ -65,20 +65,20 @@ def best(call: Callable, repeats: int = 4) -> float:
     return fastest
 
 
-def lower_step(config: LlamaConfig, batch: int, context: int):
-    """Chapter 11's training step of a shape, lowered from shapes alone: nothing is allocated."""
+def trace_step(config: LlamaConfig, batch: int, context: int):
+    """Chapter 11's training step of a shape, traced from shapes alone: nothing is allocated."""
     ids = jax.ShapeDtypeStruct((batch, context), jnp.int32)
     inputs = {"tokens": ids, "targets": ids, "segments": ids}
     optimizer = make_optimizer(steps=100, peak=1e-3, warmup=10)
     build = lambda: train_state(Llama(config, key=jax.random.key(0)), optimizer)  # noqa: E731
     state, key = jax.eval_shape(build), jax.eval_shape(lambda: jax.random.key(0))
     step = make_step(next_token_loss, optimizer)
-    return jax.jit(step, donate_argnums=0).lower(state, inputs, key)
+    return jax.jit(step, donate_argnums=0).trace(state, inputs, key)
 
 
 def memory(config: LlamaConfig, batch: int, context: int) -> dict[str, int]:
     """Bytes that XLA reserves for that step: its state, and everything temporary."""
-    found = lower_step(config, batch, context).compile().memory_analysis()
+    found = trace_step(config, batch, context).lower().compile().memory_analysis()
     return {"state": found.argument_size_in_bytes, "temporary": found.temp_size_in_bytes}
 
 
