@@ -1,9 +1,9 @@
 """Where the time of a training step goes: the parts of the step of train.py, each compiled and timed alone.
 
 `make bench-train` runs it after train.py and writes results/step_parts.json; chapter 11 reads it. The step is ours with
-eight micro-batches of 512 tokens. A part is timed forward and backward together, as often as the step needs it. What the
-parts leave of the whole step (embedding, sums on the residual stream, copies) is "the rest"; a part alone may be faster or
-slower than inside the whole, where XLA joins it with its neighbours. Each round times every part once; medians count.
+eight micro-batches of 512 tokens. A part is timed forward and backward together, as often as the step needs it. Embedding,
+sums on the residual stream and copies are no part. The parts need not add up to the whole: one alone may be faster or slower
+than inside it, where XLA joins it with its neighbours. Each round times every part once; medians count.
 """
 
 import json
@@ -73,9 +73,8 @@ def parts() -> dict[str, tuple]:
     def projections(x, weights):
         return [linear(x, w) for w in weights]
 
-    def norms(x, q, k):
-        first, second = block.attention_norm(x), block.feed_forward_norm(x)
-        return first, second, apply_rope(q, *rotation), apply_rope(k, *rotation)
+    def norms(x, q, k, first, second):
+        return first(x), second(x), apply_rope(q, *rotation), apply_rope(k, *rotation)
 
     def part(function, *arguments):
         call, gradients = both(function), function(*arguments)
@@ -125,7 +124,11 @@ def parts() -> dict[str, tuple]:
             layered,
             12 * pairs * heads * LAYERS,
         ),
-        "norms and rotation": (part(norms, x, q, k), layered, 0),
+        "norms and rotation": (
+            part(norms, x, q, k, block.attention_norm, block.feed_forward_norm),
+            layered,
+            0,
+        ),
         "adding up gradients": (lambda: total(params, params), MICRO, 0),
         "clipping and AdamW": (lambda: update(params, state), 1, 0),
     }

@@ -36,6 +36,7 @@ GROWTH = {
     "batch": [(LAYERS, rows, CONTEXT) for rows in (4, 16, 32)],
 }
 GROWING = ("ours, 8 ×", "eager, 8 ×")
+WARM = 8  # rounds before the first that counts
 STEPS = 3  # of each growth shape: one to compile, the others count
 
 
@@ -218,9 +219,9 @@ def write_weights() -> None:
 
 
 def measure(contenders: list[Contender], rounds: int) -> list[dict]:
-    """One row for each round and contender; rounds −1 and 0 compile and warm up, and are thrown away."""
+    """One row for each round and contender; the first WARM rounds are thrown away: a process is slow at first."""
     rows = []
-    for number in range(-1, rounds + 1):
+    for number in range(1 - WARM, rounds + 1):
         kept = []
         for contender in contenders:
             row = {"round": number, "contender": contender.name}

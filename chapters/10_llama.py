@@ -474,7 +474,7 @@ def visible(
 
 
 # %% [markdown]
-# Three documents of 5, 3 and 8 tokens in one row of 16. On the left the causal mask, in the middle the packed one: three triangles that don't touch. On the right what the fast version below computes when there are no documents: dark pairs are computed and used, light ones computed and masked, white ones never touched.
+# Three documents of 5, 3 and 8 tokens in one row of 16. On the left the causal mask, in the middle the packed one: three triangles that don't touch. On the right what blocks of 4 would compute, as in the fast version below, when there are no documents: dark pairs are computed and used, light ones computed and masked, white ones never touched.
 
 # %%
 segments = jnp.array([0] * 5 + [1] * 3 + [2] * 8, jnp.int32)
@@ -556,11 +556,13 @@ for function in (naive_attention, query_blocks):
     assert 3.2 < factor < 4.5
 
 # %% [markdown]
+# The second factor is a little below four, since the diagonal counts: 4 blocks compute 10 of 16 pairs of blocks, 8 compute 36 of 64. With the length it tends to four.
+#
 # What is kept are the weights of the softmax. FlashAttention (Dao et al. 2022) keeps none: it cuts the keys into blocks as well, and the backward pass computes each block of weights again. Two things have to work block by block.
 #
-# *Forward*, the softmax. This is chapter 05's `online_attention`. When a block of keys brings a larger maximum $m'$ than the $m$ so far, sum and output are brought to the new scale, and the block is added:
+# *Forward*, the softmax. This is chapter 05's `online_attention`. For one query $t$, write $e_{ts} = q_t \cdot k_s/\sqrt{Dh}$ for a score, $\ell$ for the sum of exponentials so far and $u$ for the sum of values that they weigh. When a block of keys brings a larger maximum $m'$ than the $m$ so far, both are brought to the new scale, and the block is added:
 #
-# $$ \ell' = e^{m-m'}\,\ell + \sum_s e^{e_s-m'}, \qquad o' = e^{m-m'}\,o + \sum_s e^{e_s-m'}\,v_s, \qquad \text{in the end } o/\ell . $$
+# $$ \ell' = e^{m-m'}\,\ell + \sum_s e^{e_{ts}-m'}, \qquad u' = e^{m-m'}\,u + \sum_s e^{e_{ts}-m'}\,v_s, \qquad \text{in the end } o_t = u/\ell . $$
 #
 # *Backward*, its gradient. One number per query is enough to have any weight again: with $\lambda_t = m_t + \ln \ell_t$ it is $p_{ts} = e^{e_{ts} - \lambda_t}$, finished, no maximum to look for. Write $dx$ for the gradient of the loss by $x$. Then $dp_{ts} = do_t \cdot v_s$, and the softmax gives
 #
@@ -604,7 +606,7 @@ def block_scores(
 # %%
 #| export workbook
 def blockwise_forward(q, k, v, segments):
-    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention, Algorithm 1.
+    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention-2, Algorithm 1.
 
     Shapes as in `blockwise`. Kept are the inputs, the output and λ = m + ln ℓ "n t·G 1": no scores.
     """
@@ -635,7 +637,7 @@ def blockwise_forward(q, k, v, segments):
 def blockwise_backward(saved, d_out):
     """Gradients of `blockwise` by q, k and v for the gradient d_out by its output "n t·G Dh".
 
-    Every block of weights is computed again from the scores and λ: FlashAttention, Algorithm 4.
+    Every block of weights is computed again from the scores and λ: FlashAttention-2, Algorithm 2.
     """
     q, k, v, segments, out, log_total = saved
     wide = log_total.dtype
@@ -664,7 +666,7 @@ def blockwise_backward(saved, d_out):
 # %% [markdown]
 # `jax.custom_vjp` joins the two: whoever differentiates `blockwise` gets our backward pass instead of one that JAX derives from the loop.
 #
-# How large is a block? Small ones compute less of what the mask hides: n blocks compute $(n+1)/2n$ of the square. Large ones give a processor more to do at a time. We measured 64 to 512 tokens: a block of 64 keeps only one of two cores busy, and from 256 on there is nothing left to gain. So a row is cut into blocks of at most 256, and into two at least, unless it is very short.
+# How large is a block? Small ones compute less of what the mask hides: n blocks compute $(n+1)/(2n)$ of the square. Large ones give a processor more to do at a time. We tried 64 to 512 tokens on two cores (not stored): with 64 one core was idle, beyond 256 nothing was gained. So a block has at most 256 tokens, and a row of more than 64 is cut in two at least, which spares a quarter of the square.
 
 
 # %%
@@ -679,7 +681,7 @@ def blockwise(
     """Causal attention of the G query heads of one key/value head, in n blocks of t tokens.
 
     Softmax and sums in fp32. Neither pass ever holds more scores than those of one pair of blocks,
-    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao et al. 2022, Algorithms 1 and 4.
+    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao 2023, Algorithms 1 and 2.
     """
     return blockwise_forward(q, k, v, segments)[0]
 
@@ -771,7 +773,7 @@ for length in (150, 514):
     assert max(differences) < 1e-5
 
 # %% [markdown]
-# And the memory? **Predict** the factor for doubling T. Ours: two for long rows, since what is left are vectors for each token; less for short ones, where the scores of one pair of blocks weigh more.
+# And the memory? **Predict** the factor for doubling T. Ours: two for long rows, since what is left are vectors for each token, beside which the scores of one pair of blocks are small.
 
 # %%
 factor = growth(attention, 2**15)
@@ -783,7 +785,7 @@ print(f"at 2,048 tokens below a twentieth of naive attention's: {share < 0.05}")
 assert 1.7 < factor < 2.3 and share < 0.05
 
 # %% [markdown]
-# The price is one product more: five in the backward pass instead of four. It is paid back: how much a training step gains, and where its time still goes, is section 16 of the next chapter. `make bench-train` times whole steps, ours and PyTorch's.
+# The price is one product more: five in the backward pass instead of four. Where the time of a training step goes is section 16 of the next chapter, and `make bench-train` times whole steps, ours and PyTorch's.
 
 # %% [markdown]
 # Now the module: four projections, the rotation, attention, and the output. `past` is a layer's part of the KV cache: buffers of a fixed length, so that one compiled program serves every step of decoding. New keys are written
@@ -1699,7 +1701,7 @@ assert gaps[0] < 1e-4 and jnp.median(gaps[1:]) > 0.1
 # - **Shazeer 2020**, *GLU Variants Improve Transformer*. Gains of a few hundredths of a nat per token after long runs; our margin is several times coarser.
 # - **Su et al. 2021**, *RoFormer*. Equation 34 is the form that everybody implements. Their claim of a decay with distance holds for an average over directions, not for a trained head.
 # - **Xiong et al. 2023**, *Effective Long-Context Scaling of Foundation Models*: the larger base is found effective *with continued training on long rows*. Our test reads without it, which is harder.
-# - **Dao et al. 2022**, *FlashAttention*. Their subject is the traffic between a GPU's large and small memory; Algorithms 1 and 4 are the two loops of section 4, with the order of the loops exchanged. Exact, and linear in memory: both hold here. The speed on a GPU is not tested. The paper gives the backward pass dropout too; Llama has none.
+# - **Dao et al. 2022**, *FlashAttention*. Their subject is the traffic between a GPU's large and small memory; Algorithms 1 and 4 are the two loops of section 4. Exact, and linear in memory: both hold here. That the queries are the outer loop, that the output is divided once, in the end, and that one number λ is kept instead of $m$ and $\ell$, is from *FlashAttention-2* (Dao 2023). The speed on a GPU is not tested. The paper gives the backward pass dropout too; Llama has none.
 # - **Ainslie et al. 2023**, *GQA*. They convert multi-head checkpoints by averaging heads and training on. Our tests show the identity in the other direction: repeating the heads of a grouped model gives a multi-head model with the same outputs.
 # - **Xiong et al. 2020**, *On Layer Normalization in the Transformer Architecture*: why post-norm needs warm-up. Section 7 says what we saw, at two rates.
 # - **Raschka**, *Build a Large Language Model (From Scratch)*, with its bonus notebooks from GPT to Llama: builds the same parts on a GPT skeleton, and tests a tiny random model against Hugging Face's, which is where our golden test comes from.
@@ -1771,6 +1773,7 @@ print("pieces of", [len(p) for p in pieces], "give the logits of one pass")
 # - Zhang, B. and Sennrich, R. (2019). *Root Mean Square Layer Normalization*. arXiv 1910.07467.
 # - Shazeer, N. (2020). *GLU Variants Improve Transformer*. arXiv 2002.05202.
 # - Su, J. et al. (2021). *RoFormer: Enhanced Transformer with Rotary Position Embedding*. arXiv 2104.09864.
+# - Dao, T. (2023). *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*. arXiv 2307.08691.
 # - Dao, T., Fu, D. Y., Ermon, S., Rudra, A. and Ré, C. (2022). *FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness*. arXiv 2205.14135.
 # - Ainslie, J. et al. (2023). *GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints*. arXiv 2305.13245.
 # - Xiong, R. et al. (2020). *On Layer Normalization in the Transformer Architecture*. arXiv 2002.04745.

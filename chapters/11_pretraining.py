@@ -1685,12 +1685,12 @@ for name, text in SOURCES.items():
 #
 # ## 16 Where a step's time goes
 #
-# Twenty minutes for a small model: what is the machine doing all the time? We take a step of the size that a longer run would have, 7.7 million parameters and 16 rows of 256 tokens. Its matrix products are 177 GFLOP, three
-# quarters of them in the feed-forward layers and projections. At the speed of the fastest product that this processor can do, the step would take what the last column says.
+# Twenty minutes for a small model: what is the machine doing all the time? We take a step of the size that a longer run would have, 7.7 million parameters and 16 rows of 256 tokens. Its matrix products are 177 GFLOP, almost
+# four fifths of them in the feed-forward layers and projections. How long would they take at the speed of the fastest product that this processor can do? The lines below call that *at the peak*.
 #
 # **Predict:** which part takes the most time beyond that? Ours: attention. It has 7 % of the arithmetic, but in small blocks, with an exponential for each score.
 #
-# The step runs in eight micro-batches. Each part was compiled alone, and timed forward and backward, as often as the step needs it. `make bench-train` made the files that we read here; they are from one quiet machine with two cores, nothing in them is computed now.
+# The step runs in eight micro-batches. Each part was compiled alone, and timed forward and backward, as often as the step needs it. `make bench-train` made the files that we read here; they are from one machine with two cores, nothing in them is computed now.
 
 # %%
 timing = json.loads((repository / "results" / "step_parts.json").read_text())
@@ -1713,16 +1713,16 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The prediction holds. Attention takes a quarter of the step for 7 % of its arithmetic: 0.37 seconds more than at the peak. Then come the feed-forward layers with 0.25 more. AdamW, which people often suspect, is 2 %. The parts add up to 6 % more than the whole, because each of them, alone, writes its results to memory, and in the whole program the next part takes some of them while they are at hand.
+# The prediction holds. Attention takes a quarter of the step for 7 % of its arithmetic: 0.32 seconds more than at the peak. (Some 0.05 of that is arithmetic that we don't count: masked pairs inside the blocks, and the scores computed again.) Then come the feed-forward layers with 0.18 more. AdamW, which people often suspect, is 2 %. The parts add up to a tenth more than the whole; we suppose because each of them, alone, writes its results to memory, where in the whole program the next part takes some while they are at hand.
 #
-# That attention is far slower at arithmetic than the feed-forward layer should hold on any processor. So we measure it here, with the shapes of one micro-batch:
+# That attention is far slower at arithmetic than the feed-forward layer should not depend on one processor. This checks it on yours, with the shapes of one micro-batch:
 
 # %%
 from llm_from_scratch.llama import SwiGLU, attention
 
 
 def best_rate(function, flops, *arguments):
-    """FLOP/s of a function's forward and backward pass, the best of ten."""
+    """FLOP/s of a function's forward and backward pass by all arguments, the best of ten."""
     run = jax.jit(lambda *a: (out := jax.vjp(function, *a))[1](out[0]))
     jax.block_until_ready(run(*arguments))
     seconds = []
@@ -1739,12 +1739,12 @@ x, gate = (
 )
 q, k = x.reshape(2, 256, 8, 32), x[..., :64].reshape(2, 256, 2, 32)
 slow = best_rate(attention, 12 * 8 * 32 * 2 * 256 * 257 // 2, q, k, k)
-fast = best_rate(gate, 6 * 3 * 256 * 704 * 2 * 256, x)
+fast = best_rate(lambda x, layer: layer(x), 6 * 3 * 256 * 704 * 2 * 256, x, gate)
 print(f"attention at less than half the rate of the feed-forward layer: {slow < fast / 2}")
 assert slow < fast / 2
 
 # %% [markdown]
-# What can be done? Chapter 10 did the largest part: it never computes what the mask hides, and keeps no scores. The rest was found by trying, and most of what we tried did nothing. Here are whole steps, ours and those of the Llama of the transformers library in PyTorch, as it is (*eager*) and after `torch.compile`. They took turns on the same two cores, from the same weights, and had the same losses.
+# What can be done? Chapter 10 leaves out the pairs of blocks that the mask hides whole, and keeps no scores. The rest was found by trying, and most of what we tried did nothing. Here are whole steps, ours and those of the Llama of the transformers library in PyTorch, as it is (*eager*) and after `torch.compile`. They took turns on the same two cores, from the same weights, and had the same losses. "8 ×" means eight micro-batches.
 
 # %%
 speed = json.loads((repository / "results" / "train_speed.json").read_text())
@@ -1759,14 +1759,13 @@ for name, seconds in middle.items():
     print(f"{name:14}{16 * 256 / seconds:12,.0f}{share:14.0%}{speed['gigabytes'][name]:9.2f}")
 
 # %% [markdown]
-# Read the first two rows. Eight micro-batches take a quarter less time than one batch, for the same sums. The reason is memory. One batch of 4,096 tokens leaves some 1.4 GB for the backward pass, fresh pages that the operating system has to find and clear in each step. Micro-batches of 512 tokens use the same few pages eight times, and those are still near. For PyTorch the same cut changes little.
+# Read the first two rows. Eight micro-batches take 16 % less time than one batch, for the same sums. We suppose that the reason is memory, and did not measure it: by the formula of chapter 13 one batch of 4,096 tokens leaves 1 GB for the backward pass, a micro-batch of 512 an eighth of that, in pages that are used again. PyTorch gains little or nothing from the same cut.
 #
-# In the third row XLA was told that the machine has two devices of one core each (`--xla_force_host_platform_device_count=2`), and the rows were split between them. XLA runs the many small products of attention on one thread; two devices have two. That is data parallelism, and chapter 25 will need thousands of devices for it.
+# In the third row XLA was told that the machine has two devices of one core each (`--xla_force_host_platform_device_count=2`), and the rows were split between them. On average 1.94 of the two cores are busy then, against 1.79 in the second row and 1.98 in PyTorch: we suppose that XLA runs many of the small products of attention on one thread, and two devices have two. That is data parallelism, and chapter 25 will need thousands of devices for it.
 #
-# We had aimed at 1.25 times the speed of PyTorch and at 60 % of the peak. Reached are 1.2 times eager but only 1.01 times the faster compiled form (1.08 with two devices), and 51 and 54 %. With one row of 2,048 tokens in a micro-batch it is 1.03 times eager (`results/train_speed.json`). PyTorch's attention is one hand-written kernel that uses both cores; ours is a loop of XLA programs, and leaves a core idle in part.
+# We had aimed at 1.25 times the speed of PyTorch and at 60 % of the peak. Both were missed. Eight micro-batches on one device are 1.07 times as fast as the better eager row (ahead in nine rounds of ten), and level with the compiled ones (0.99 times the faster, ahead in five of ten). Two devices are 1.04 times as fast as the faster compiled row, ahead in nine of ten, and reach 59 %. In micro-batches PyTorch needs less memory, 0.7 GB against our 0.8. With one row of 2,048 tokens in a micro-batch we are at 1.07 times eager, from two steps (`results/train_speed.json`). PyTorch's attention is one hand-written kernel; ours is a loop of XLA programs.
 #
-# What did nothing, beyond the noise, in whole steps: the gate of the feed-forward layer with a backward pass of its own, head and loss in chunks of 512 rows with the gradient computed on the way, weights stored transposed, loops over heads written out, compiler flags. Each of the first two gains some 5 % when it is timed alone. That is the lesson of this section: time the whole.
-#
+# What did nothing, beyond the noise, in whole steps: the gate of the feed-forward layer with a backward pass of its own, head and loss in chunks of 512 rows with the gradient computed on the way, weights stored transposed, loops over heads written out, compiler flags. Each of the first two gains some 5 % when it is timed alone. (These trials were made while this was written, and are not stored.) That is the lesson of this section: time the whole.
 #
 # ## 17 Break it
 #

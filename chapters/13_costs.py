@@ -240,7 +240,7 @@ assert len(DEVICES) == len(PUBLISHED) + 1
 # - Looking up an embedding is no multiplication. If input and output share one table (`tie_embeddings`), it counts once. If they don't, the input table is among the parameters and does nothing here.
 # - Attention has products without weights. Each query that sees a key costs $2Dh$ FLOPs for the score and $2Dh$ for the weighted sum of values, in each of the $H$ heads and $L$ layers: $4\,H\,Dh\,L$ for every pair of a query and a key.
 #
-# How many pairs? With the causal mask, query $t$ sees $t$ keys: $T(T+1)/2$ in a row of $T$. But masking a score does not mean that nobody computed it. A naive program computes all $T^2$. Chapter 10 cuts queries and keys into blocks of up to 256, two at least, and leaves out the pairs of blocks in which no query may see a key, which is in between.
+# How many pairs? With the causal mask, query $t$ sees $t$ keys: $T(T+1)/2$ in a row of $T$. But masking a score does not mean that nobody computed it. A naive program computes all $T^2$. Chapter 10 cuts queries and keys into blocks of up to 256, two at least from 65 tokens on, and leaves out the pairs of blocks in which no query may see a key, which is in between.
 # When $C$ tokens are in a cache already, each new query sees those as well.
 
 
@@ -344,7 +344,7 @@ for name, (config, rows, length) in tried.items():
     assert 1 < ratios["blocks"] < 1.02
 
 # %% [markdown]
-# With the blocks that chapter 10 really computes the formula is within a per cent for the mini model and within half a per cent for the 8B at 8,192 tokens. The other two columns show what attention is worth: the whole square would be 3 and 12 % more than what is computed. XLA counts 11 and 7 % more than *2N*.
+# With the blocks that chapter 10 really computes the formula is within a per cent for the mini model and within half a per cent for the 8B at 8,192 tokens. The columns *causal* and *full* show what attention is worth: the blocks compute 3 and 0.4 % more than the mask shows, and the whole square would be 3 and 12 % more than that. XLA counts 11 and 7.5 % more than *2N*.
 # (What is left over is what we left out. The tests also walk through the program that JAX traces and add up its matrix products alone: there the formula is equal to the last FLOP, forward, backward and with a cache.)
 #
 # The table of *Transformer Inference Arithmetic* (the post of kipply that this chapter works through) counts $24D^2$ FLOPs per layer and token, for the shape of GPT: four D × D matrices for attention, and two of 4D × D. Llama's layer is another shape. **Predict** its count in units of D²: fewer for the grouped keys and values, more for
@@ -1141,7 +1141,7 @@ assert 1 < ratio < 1.01 and 300 < saved < 450
 # %% [markdown]
 # Close to it. Note what chapter 10's cache does: its buffer has a fixed number of slots, and every step computes scores for all of them, filled or not. XLA's count for the *last* slot equals the formula; for the first it would be the same, and the formula lower.
 #
-# FLOPs are not seconds. **Predict** how much *time* the cache saves at 256 tokens for the stored half-gigabyte model: FLOPs fall by some 256. Ours: far less, since the single token is limited by memory and the 256 are not. In the time of one read the machine could do a critical batch of tokens, so divide: 256 over the critical batch, some 23, is 11 times. The ledger asks that this quotient be right to within a third, a tolerance chosen after the run. (The stored run decodes into an empty buffer of 256 slots; every slot is read all the same.)
+# FLOPs are not seconds. **Predict** how much *time* the cache saves at 256 tokens for the stored half-gigabyte model: FLOPs fall by some 256. Ours: far less, since the single token is limited by memory and the 256 are not. In the time of one read the machine could do a critical batch of tokens, so divide: 256 over the critical batch, some 14, is 18 times. The ledger asks that this quotient be right to within a third, a tolerance chosen after the run. (The stored run decodes into an empty buffer of 256 slots; every slot is read all the same.)
 
 # %%
 #| claim S088
@@ -1171,7 +1171,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The division is right to within that. The cache saves 250 of 251 parts of the arithmetic, and of the time only nine tenths.
+# The division is right to within that. The cache saves 250 of 251 parts of the arithmetic, and of the time sixteen of seventeen.
 #
 # ### What the bound leaves out
 #

@@ -19,7 +19,7 @@
 #
 # *Reading time 35 min · runs in about 35 s · difficulty ●●○ · needs 00, 01, 07, 10, 11, 12, 15*
 #
-# The mini Llama of chapter 11 has read plays and nothing else. Ask it for 7 + 5 and it answers with a stage direction. The Llama 3 paper names its diet in one sentence (§3.1.2): "roughly 50% of tokens corresponding to general knowledge, 25% of mathematical and reasoning tokens, 17% code tokens, and 8% multilingual tokens."
+# The mini Llama of chapter 11 has read plays and nothing else. It has never seen a sum with digits. The Llama 3 paper names its diet in one sentence (§3.1.2): "roughly 50% of tokens corresponding to general knowledge, 25% of mathematical and reasoning tokens, 17% code tokens, and 8% multilingual tokens."
 # This chapter builds that diet in miniature. It asks how such numbers can be found, and whether the way that the paper describes works at our size.
 #
 # | section | question |
@@ -83,10 +83,10 @@ print(f"{len(STORED['rows'])} stored runs, made by: {STORED['command']}")
 # %% [markdown]
 # ## 1 · What is there to read?
 #
-# The paper's 15 trillion tokens come from the web. Ours must already lie on the disk, exactly pinned, so that everybody trains on the same bytes. The course has used some of it: plays, poems, the Folio, Latin. But the largest text that a Python environment carries is one that nobody thinks of as text: its *documentation*. The docstrings of NumPy, SciPy and
+# The paper's 15 trillion tokens come from the web. Ours must already lie on the disk, exactly pinned, so that everybody trains on the same bytes. The course has used some of it: plays, poems, the Folio, Latin. But the largest English text that a Python environment carries is one that nobody thinks of as text: its *documentation*. The docstrings of NumPy, SciPy and
 # Matplotlib, the texts at the head of their functions, are almost eight million characters of modern technical English, half as much again as Shakespeare's plays.
 #
-# Two rules keep the books honest. A file is pinned by the version of its package, and another version is an error, not a warning: a changed corpus is a changed experiment. And the packages that give documentation give no code, so that no docstring is counted twice.
+# Two rules keep the books honest. A file is pinned by the version of its package, and another version is an error, not a warning: a changed corpus is a changed experiment. And the packages that give documentation give no code, so that no docstring is counted twice. (The regular expression below is fooled by some strings; a few per cent of what it finds are code.)
 
 # %%
 #| export
@@ -587,19 +587,25 @@ trained = {
     for line in text.splitlines()
     if len(line.strip()) >= 40
 }
-for name in SOURCES:
-    texts = source_documents(name, "validation")
+
+
+def known_lines(texts):
+    """How many long lines texts have, and the share of those that some training text has too."""
     lines = [line.strip() for text in texts for line in text.splitlines()]
     lines = [line for line in lines if len(line) >= 40]
-    known = np.mean([line in trained for line in lines])
-    print(f"{name:10} {100 * known:5.1f} % of {len(lines):6,} long lines are in the training text")
+    return len(lines), np.mean([line in trained for line in lines])
+
+
+for name in SOURCES:
+    count, known = known_lines(source_documents(name, "validation"))
+    print(f"{name:10} {100 * known:5.1f} % of {count:6,} long lines are in the training text")
 
 # %% [markdown]
-# One long line in nine of the code and one in eleven of the documentation are known: parameters that are described in the same words, licence headers, imports. Whole files were held out, yet their authors repeat themselves. So our bits per byte on code and documentation are a little flattered. The comparisons below less so, since all their arms are measured on the same text; but an arm that reads more code meets more of its lines. The Folio's twins of the validation plays do not leak into them: no long line agrees.
+# One long line in nine of the code and one in eleven of the documentation are known: parameters that are described in the same words, licence headers, imports. Whole files were held out, yet their authors repeat themselves. The Folio's twins of the validation plays are held out, so they cannot leak; a line in another spelling would not be seen by this count in any case.
 #
 # ## 4 · One tokenizer for all
 #
-# Nothing that is fitted may favour one source without our knowing. A tokenizer trained on the whole training split would be a tokenizer of code, because most bytes are code. So each source gives the **same number of bytes**, or all it has.
+# Nothing that is fitted may favour one source without our knowing. A tokenizer trained on the whole training split would be a tokenizer of code, because most bytes are code. So each source gives about the **same number of bytes**, or what it has (of a long document no more than an eighth of them).
 #
 # And numbers? Llama 3's pattern (chapter 07) cuts digits into groups of up to three. Its 128,000 tokens hold all numbers of up to three digits, 473 among them. A small vocabulary holds some of them, by accident: with 4,096 ids, BPE made tokens of 98 of the hundred numbers of two digits, and of nine of the thousand of three. Then 612 is `6`, `12`, but 287 is `28`, `7`. No column stands under its column, and a model must learn by heart which digits are hidden in each token before it can add anything.
 # So our training text for BPE keeps only the first digit of every number. No merge of two digits is learnt, and every digit is a token. The pattern stays Llama 3's.
@@ -618,13 +624,28 @@ def byte_sample(texts: Sequence[str], size: int, seed: int = 0) -> list[str]:
     return found
 
 
+# %% [markdown]
+# `byte_sample` also chose the validation text on which the runs of sections 8 to 10 are scored: 16 KB of each kind, 64 in section 10. A piece is the *beginning* of its document, and that has a consequence which we noticed after the runs only.
+
+# %%
+for size, name in itertools.product((16_000, 64_000), ("plays", "docs", "code")):
+    texts = byte_sample(source_documents(name, "validation"), size)
+    kilobytes = sum(len(text.encode()) for text in texts) / 1000
+    count, known = known_lines(texts)
+    print(f"{name:6} {kilobytes:3.0f} KB of {len(texts):2} documents", end="; ")
+    print(f"{100 * known:3.0f} % of {count:3} long lines are known")
+
+# %% [markdown]
+# The code is judged on the heads of files, which are licence and imports: more than half of the long lines of the small sample stand in the training text. The plays are judged on the openings of two plays. So bits per byte on code are flattered, and an arm that reads more code is flattered more. All arms of a comparison are measured on the same text, but take the *sizes* of the effects on code with caution.
+
+
 # %%
 #| export public
 def mix_tokenizer(directory: str | Path, vocab_size: int, *, size: int = 400_000) -> Tokenizer:
     """The BPE tokenizer of the mix's training split, from a folder; trained first if it is not there.
 
-    Each source gives `size` bytes, or all it has. 256 bytes, merges, 16 special tokens: `vocab_size`
-    in all. Raises ValueError for a size below 272 and for a file with another size.
+    Each source gives about `size` bytes, at most an eighth of it from one document. 256 bytes, merges,
+    16 special tokens: `vocab_size` in all. Raises ValueError for a size below 272 and for a file with another size.
     """
     least = 256 + len(COURSE_SPECIAL)
     if vocab_size < least:
@@ -666,7 +687,7 @@ print([tokenizer.decode([i]) for i in tokenizer.encode("473 + 58 is 531")])
 print([tokenizer.decode([i]) for i in tokenizer.encode(LINE)])
 
 # %% [markdown]
-# Mostly right: only plays and poems lose, and the Folio by a hair, which we had not said. Wrong on the best: documentation is cut into the longest tokens of the mix's tokenizer but for the plays and their kin, and code only next. Arithmetic has the shortest, as we chose: 473 is `4`, `7`, `3`.
+# Mostly right: only plays and poems lose, and the Folio by a hair, which we had not said. If *best* meant the largest gain, code and documentation are about equal; in bytes per token documentation is ahead of code. Arithmetic has the shortest, as we chose: 473 is `4`, `7`, `3`.
 #
 # ## 5 · The sampler
 #
@@ -957,8 +978,8 @@ print(f"chi² against the shares: p = {p_value:.2f}")
 assert p_value > 0.01
 
 # %% [markdown]
-# Both as predicted. The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the two small languages is read more than about once. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs hardly change the loss, compared with unique text, and that with more repetition the value of more compute decays to zero.
-# Our first mix gave all eight per cent to the Latin, which was then read 29 times: by heart, not with understanding. Eight per cent of 15 trillion tokens are more than a trillion; we have 60,000. Exercise 1 computes what a longer run can afford.
+# Both as predicted. The shares are compatible with a fair draw: it would differ by at least this much in 15 of 100 cases. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the two small languages is read more than about once. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs hardly change the loss, compared with unique text, and that with more repetition the value of more compute decays to zero.
+# Our first mix gave all eight per cent to the Latin, which was then read almost 30 times: by heart, not with understanding. Eight per cent of 15 trillion tokens are more than a trillion; we have 60,000. Exercise 1 computes what a longer run can afford.
 #
 # Next: stopping. A run that is stopped after 20 steps and goes on must see what an unstopped run sees. A fresh object, asked for a late batch only, must return the same as one that was asked for all in order. And two *hosts*, machines that train one model together, must get disjoint halves of it, in the same order.
 
@@ -999,7 +1020,7 @@ print("all weights equal:", all(jax.tree.leaves(same)))
 assert all(jax.tree.leaves(same))
 
 # %% [markdown]
-# Is the loader a bottleneck? **Predict** how much faster it delivers tokens than the smallest model of this chapter eats them. Ours: ten times at least; a step does thousands of operations per token, the loader copies two bytes. We time both, and assert a bound with a wide margin (a time itself would differ on your machine).
+# Is the loader a bottleneck? **Predict** how much faster it delivers tokens than a model of 160,000 weights eats them. Ours: ten times at least; a step does about a million operations per token (6 per weight, chapter 13), the loader copies two bytes. We time both. Whether it is ten times depends on your machine; we assert three.
 
 # %%
 optimizer = make_optimizer(steps=100, peak=1e-3, warmup=2)
@@ -1062,7 +1083,7 @@ for name, right in rivals.items():
     print(f"{name:17}", confidence_interval(right))
 
 # %% [markdown]
-# So one problem in five can be had without a thought, most of them comparisons. This is the floor. The model's rows come from the file: one every 400 steps on 200 validation problems, and the last, after step 2,400, on the 600 test problems.
+# So more than one problem in five can be had without a thought. This is the floor. The model's rows come from the file: one every 400 steps on 200 validation problems, and the last, after step 2,400, on the 600 test problems.
 
 # %%
 curve = [row for row in STORED["rows"] if row["part"] == "arithmetic"]
@@ -1098,9 +1119,9 @@ plt.show()
 assert curve[-2]["right"] > curve[0]["right"]
 
 # %% [markdown]
-# It learns: more than half of the test problems, the whole interval far above the best rival, and the curve still rises where the run ends. But we had predicted more, 60 % in all and 30 % in the new wordings, and both are missed. In the known wordings comparisons are the best and products the worst, as we said, since the table of products is the largest.
+# It learns: about half of the test problems (53 %, interval 49 to 57), far above the best rival. The interval is for one trained model, and a little too narrow, since the 600 problems have 445 different pairs of operands. The validation curve rises to its last point, 53 % at step 2,000; at 2,400 the test problems, which are others, give 53 % too, so we cannot say whether it would rise on. We had predicted more, 60 % in all and 30 % in the new wordings, and both are missed. In the known wordings comparisons are best, as we said; products and subtractions are the lowest, and with so few problems not to be told apart.
 #
-# The columns are the lesson. Three problems in four are right when the sentence is known, one in nine when it is not, which is less than the first number of the question would have got. Only the sum with "pages" is often understood; of the "fuller bag", a word that no training sentence has, hardly anything. The sums are learnt; *which* sum a new sentence asks for is hardly learnt from twelve sentences. (With four it was one in seventy.) So the next thing to add is ways to ask, rather than problems. So the long run of chapter 24 may expect from its share of arithmetic that the model calculates, not that it understands a story. The run here read 2.4 million tokens, all of one kind.
+# The columns are the lesson. Three problems in four are right when the sentence is known, one in nine when it is not, which is less than the first number of the question would have got. Only the sum with "pages" is often understood; of the "fuller bag", a word that no training sentence has, hardly anything. Four sentences are few: on the four validation wordings the model of step 2,000 solved 19 of 70. The sums are learnt; *which* sum a new sentence asks for is hardly learnt from twelve sentences. (With four it was one in seventy.) The next thing to add is ways to ask, rather than problems. And the long run of chapter 24 may expect from its share of arithmetic that the model calculates, not that it understands a story. The run here read 2.5 million tokens, all of one kind.
 
 # %% [markdown]
 # ## 8 · What is in a pile without labels?
@@ -1161,7 +1182,7 @@ def chunks(texts: Iterable[str], size: int = 500) -> list[str]:
 
 
 # %% [markdown]
-# We fit it on a fifth of each source's training text, and test it on pieces of 500 characters of the validation split. **Predict** the share that is right. Ours: above 95 %. Documentation and code share their words and should be the pair that is confused.
+# We fit it on at most 150 KB of the first fifth of each source's pieces, and test it on pieces of 500 characters of the validation split. **Predict** the share that is right. Ours: above 95 %. Documentation and code share their words and should be the pair that is confused.
 
 # %%
 LABELS = {"plays": "plays", "docs": "docs", "arithmetic": "mathematics", "code": "code"}
@@ -1183,15 +1204,15 @@ confusion = np.array(
         for x in classify.kinds
     ]
 )
-right = float(np.trace(confusion) / confusion.sum())
+right = float(np.mean(np.diag(confusion) / confusion.sum(1)))
 print("asked for ↓, said →", classify.kinds)
 for kind, line in zip(classify.kinds, confusion, strict=True):
     print(f"{kind:12}", line)
-print(f"right: {100 * right:.1f} % of {len(answers)}")
-assert right > 0.9
+print(f"right: {100 * right:.1f} %, mean of the four kinds; {len(answers)} pieces")
+assert right > 0.85
 
 # %% [markdown]
-# Less than we said: 92 %. The confusion is one-sided. Two pieces of code in five are called documentation, because a JAX file is largely docstrings in the same English; plays and arithmetic are never mistaken. A label by file and a label by content are not the same, and 500 characters have only the content.
+# Less than we said: 88 % in the mean of the four kinds. The confusion is one-sided. Two pieces of code in five are called documentation, perhaps because a JAX file is largely docstrings in the same English; plays and arithmetic are never mistaken. A label by file and a label by content are not the same, and 500 characters have only the content.
 #
 # Now the experiment. A pile of two megabytes, 85 % plays, 5 % each of the other kinds, in pieces of 500 characters without labels. The classifier sorts it, errors and all. One model reads the pile *as found*, one reads it *down-sampled*: each predicted kind equally often. Both read the same number of tokens. The stored runs are five seeds of a Llama of width 64, 1,000 steps of 512 tokens, peak rate 0.003.
 #
@@ -1231,7 +1252,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The rare kinds gain, each of them, and by far more than the 0.2 that we predicted; the plays pay, and they pay less than the others gain. (In the earlier version, with hotter rates, this second half could not be told from noise.) Sorting by a classifier that takes two pieces of code in five for documentation was good enough. The down-sampled run reads each rare piece several times, the run as found does not: new text would have helped more.
+# The rare kinds gain, each of them, and by far more than the 0.2 that we predicted; the plays pay, and they pay less than the others gain. (In the earlier version, with hotter rates, this second half could not be told from noise.) Even with two pieces of code in five called documentation, the sort was good enough for this. But weigh the kinds as the pile has them, 85 % plays, and down-sampling loses 0.05: it is a gain only for somebody who wants the rare kinds.
 #
 # ## 9 · Choosing the mix with small models
 #
@@ -1269,7 +1290,7 @@ for width in (32, 48, 96):
 print("taken:", peak)
 
 # %% [markdown]
-# The rates that are taken fall with the width, as 0.19, 0.14 and 0.14 divided by it. Twice the rate changes the score by a few hundredths, so nothing hangs on the last digit. (They were found on one mix, which favours it a little; a search for every mix would cost four times as much.)
+# At widths 48 and 96 the rate taken is the smallest that we tried, and with one seed the three differ by no more than seeds do; a lower one may be as good. At width 32 half the rate costs 0.20. So the rates are reasonable, not optimal. (They were found on one mix, which favours it a little; a search for every mix would cost four times as much.)
 
 # %%
 size = {width: 2 * (4 * width**2 + 3 * width * (8 * width // 3)) for width in (32, 48, 96)}
@@ -1310,7 +1331,7 @@ spread = np.mean([score(f"{name} 96").std(ddof=1) for name in MIXES])
 print(f"standard deviation over seeds at width 96: {spread:.2f}")
 
 # %% [markdown]
-# The plot: each mix at three sizes, its seeds as dashes, the forecasts dotted. *General* is the worst at every size, by far: it has 8 % of mathematics, and mathematics is a quarter of the score. The other three are nearer to each other. All four fall faster from 48 to 96 than from 32 to 48, so every forecast is too high, and that of *mathematics* the most. Width 32 had the highest rate for its size, so its points may be too good for a line through all three.
+# The plot: each mix at three sizes, its seeds as dashes, the forecasts dotted. *General* is the worst at every size: it has 8 % of mathematics, and mathematics is a quarter of the score. At widths 32 and 48 *code* is nearer to it than to the other two; only at 96 does *code* join them. Every line is steeper from 48 to 96 than from 32 to 48. *Mathematics* does not even fall between the small ones, so its power law points up. So every forecast is too high, and that of *mathematics* the most. Width 32 had the highest rate for its size, so its points may be too good for a line through all three.
 
 # %%
 #| claim L013
@@ -1322,7 +1343,7 @@ for name in sorted(set(MIXES) - {chosen}, key=truth.get):
 ledger.claim(
     "L013",
     section="3.1.2",
-    claim="the mix that small models choose by extrapolation is better than the mean of the other candidates on a larger model",
+    claim="the mix that small models choose by extrapolation is better than the mean of the other candidates on a larger model (but not the best of the four)",
     predicted=predicted,
     measured=lead,
     verdict=ledger.judge(predicted, lead),
@@ -1331,9 +1352,9 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The rule says *reproduced*, and the rule is kind. The small models chose the paper's mix, and it beats the mean of its rivals by more than we asked. But look at the rivals one by one. Most of the lead is over *general*. Over *code* it is not clear of zero, and *mathematics* was better than the chosen one, with an interval clear of zero. The forecast put it second; by the models of width 48 alone, without a line through two points, all six pairs are in the right order. A line multiplies the noise of its points, so with two sizes it is wiser to trust the larger one.
+# The rule says *reproduced*, and the rule is kind. The small models chose the paper's mix, and it beats the mean of its rivals by more than we asked. But look at the rivals one by one. Most of the lead is over *general*. Over *code* it is not clear of zero, and *mathematics* was better than the chosen one, with an interval clear of zero. The forecast put it second; by the models of width 48 alone, and by those of width 32 alone, all six pairs are in the right order. The line does harm here: $\ln \ell(96) = 2.7 \ln \ell(48) - 1.7 \ln \ell(32)$ has $\sqrt{2.7^2+1.7^2} = 3.2$ times the noise of one point.
 #
-# What small models can do here is to tell a bad mix from the good ones. To tell good ones apart would need more seeds and more sizes. And the interval is over seeds, for one choice among four candidates; other candidates would be another experiment.
+# So the ranking of small models carried over in this one experiment, and the extrapolation did not help. The interval covers the seeds of the large runs only: drawn again from the seeds of the small ones, the line chooses *mathematics* about three times in ten. And other candidates would be another experiment.
 #
 # How good is a stored number? One row of the small runs is made again here, and not one of our choice: of the twenty of width 32, the one whose name has the smallest SHA-256. Same seed, same text, same steps; only the processor may differ. The new row must lie within 0.05 bits per byte of the stored one in every kind, and inside the 95 % interval in which the other four seeds of its mix would let us expect a fifth.
 
@@ -1404,8 +1425,8 @@ recency = interval(values("even", "code") - values("late", "code"), "bits/byte")
 predicted = ledger.at_least(0.05, "bits/byte")
 ledger.claim(
     "L014",
-    section="3.1.2",
-    claim="the mix is a weighted sampler that may change during training; at equal totals a source weighted late ends with a lower loss",
+    section="3.1.2; 3.4.1",
+    claim="the mix is a weighted sampler that may change during training (ours, not the paper's: at equal totals a source weighted late ends with a lower loss)",
     predicted=predicted,
     measured=recency,
     verdict=ledger.judge(predicted, recency),
@@ -1414,9 +1435,9 @@ ledger.claim(
 )
 
 # %% [markdown]
-# The order matters, and now five seeds are enough to tell. With the same amount of each text read, *late* ends 0.07 bits per byte better on code than *even*. The whole interval is above 0, but not above the 0.05 that we asked for: *weaker* than predicted.
+# The order matters, and now five seeds are enough to tell. With almost the same amount of each text read, *late* ends 0.07 bits per byte better on code than *even*. The whole interval is above 0, but not above the 0.05 that we asked for: *weaker* than predicted.
 #
-# Two things we did not expect. *Early* is no mirror image: what it loses on code is almost four times what *late* gains. Ten per cent of code are too few to keep up what ninety per cent had taught. And nothing is free: in the mean of both kinds, *late* is worse than *even*, since the plays lose more than the code gains. A late change of the mix pays for somebody who wants the late source more than the rest.
+# Two things we did not expect. *Early* and *late* have the same shape: the source read last gains a little (0.07 for code, 0.04 for plays), and the other loses much more (0.28 for code, 0.13 for plays). And nothing is free: in the mean of both kinds, *late* is worse than *even*, since the plays lose more than the code gains. A late change of the mix pays for somebody who wants the late source more than the rest.
 #
 # Why could the earlier version not tell? Its difference between two arms had a standard deviation of 0.10 over seeds; here it is 0.02. The evaluation text is the same for every seed, so the noise was not there. In the earlier rows one *late* run of five was better on every kind at once, on code by 0.2: it had left a plateau that the others had not. The trunk takes away whatever happens before the branch. But we also made the change of shares larger and the rate constant, so we cannot say how much of the cure is the trunk's.
 #
@@ -1463,7 +1484,7 @@ assert distinct(3) < 0.5 * distinct(0)
 #
 # **Llama Team 2024, §3.1.2 and §3.4.1.** The final shares are given, "roughly". The candidates and the sizes of the small models are not; the larger model is judged on "several key benchmarks" without names. Of the over-represented categories one example is given, arts and entertainment. How the 8 % divide over languages, and how many epochs any source was read, we did not find. Our claims are the mechanisms in miniature; the shares themselves cannot be tested at our size.
 #
-# **Our own record.** These experiments were made before, with hotter rates and other data, and the predictions of sections 8 and 9 had those rows in sight. All predictions of sections 7 to 10 were committed before the rows that the file now holds. Where one was wrong, it stands.
+# **Our own record.** These experiments were made before, with hotter rates and other data, and the predictions of sections 8 and 9 had those rows in sight. All predictions of sections 7 to 10 were written down before the rows that the file now holds. Where one was wrong, it stands.
 #
 # **Muennighoff et al. 2023** measure repetition with up to 900 billion tokens and 9 billion parameters: up to four epochs change the loss negligibly at a fixed budget of compute. Nothing says that four is the number at our size; the caps of exercise 1 are borrowed.
 #

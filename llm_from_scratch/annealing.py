@@ -51,7 +51,7 @@ def anneal_mix(
 
     `mix` and `extra` map sources to weights. In the last `anneal` of `steps` steps, of `accumulate` batches
     each, a row is drawn from `extra` with probability `share`, else from `mix`. Source: paper §3.1.3.
-    Raises ValueError unless 0 <= share <= 1 and 1 <= anneal <= steps, and for weights that add up to 0.
+    Raises ValueError unless 0 <= share <= 1, 1 <= anneal <= steps and accumulate >= 1, and for weights that add up to 0.
     """
     if not (0 <= share <= 1 and 1 <= anneal <= steps and accumulate >= 1):
         raise ValueError(
@@ -125,7 +125,7 @@ def averaged_model(state: TrainState) -> Any:
 
 
 def mean_weights(models: Iterable[Any]) -> Any:
-    """The mean of models of one shape, summed in fp64, in the dtypes of the first; one is held at a time.
+    """The mean of models of one shape, summed in fp64, in the dtypes of the first. Only the first, the sum and one more are held.
 
     What is not a weight (see `training.is_trainable`) is the first model's. Raises ValueError without a
     model, and for one whose weights have other shapes.

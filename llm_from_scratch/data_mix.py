@@ -420,8 +420,8 @@ def byte_sample(texts: Sequence[str], size: int, seed: int = 0) -> list[str]:
 def mix_tokenizer(directory: str | Path, vocab_size: int, *, size: int = 400_000) -> Tokenizer:
     """The BPE tokenizer of the mix's training split, from a folder; trained first if it is not there.
 
-    Each source gives `size` bytes, or all it has. 256 bytes, merges, 16 special tokens: `vocab_size`
-    in all. Raises ValueError for a size below 272 and for a file with another size.
+    Each source gives about `size` bytes, at most an eighth of it from one document. 256 bytes, merges,
+    16 special tokens: `vocab_size` in all. Raises ValueError for a size below 272 and for a file with another size.
     """
     least = 256 + len(COURSE_SPECIAL)
     if vocab_size < least:

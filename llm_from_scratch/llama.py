@@ -209,7 +209,7 @@ def block_scores(
 
 
 def blockwise_forward(q, k, v, segments):
-    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention, Algorithm 1.
+    """The output of `blockwise`, and what `blockwise_backward` needs: FlashAttention-2, Algorithm 1.
 
     Shapes as in `blockwise`. Kept are the inputs, the output and λ = m + ln ℓ "n t·G 1": no scores.
     """
@@ -234,7 +234,7 @@ def blockwise_forward(q, k, v, segments):
 def blockwise_backward(saved, d_out):
     """Gradients of `blockwise` by q, k and v for the gradient d_out by its output "n t·G Dh".
 
-    Every block of weights is computed again from the scores and λ: FlashAttention, Algorithm 4.
+    Every block of weights is computed again from the scores and λ: FlashAttention-2, Algorithm 2.
     """
     q, k, v, segments, out, log_total = saved
     wide = log_total.dtype
@@ -270,7 +270,7 @@ def blockwise(
     """Causal attention of the G query heads of one key/value head, in n blocks of t tokens.
 
     Softmax and sums in fp32. Neither pass ever holds more scores than those of one pair of blocks,
-    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao et al. 2022, Algorithms 1 and 4.
+    t·G × t. Reverse mode only (`jax.grad`, `jax.vjp`). Source: Dao 2023, Algorithms 1 and 2.
     """
     return blockwise_forward(q, k, v, segments)[0]
 
