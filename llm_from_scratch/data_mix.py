@@ -587,18 +587,28 @@ class MixedBatches(RowPlan):
         targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
         return {"tokens": tokens[:, :-1], "targets": targets, "segments": segments[:, :-1]}
 
+    def unique(self, source: int, rows: int) -> int:
+        """How many different tokens are in the first rows of a source, counted one by one."""
+        size = len(list(self.sources.values())[source].ids)
+        seen, windows = np.zeros(size, bool), size // self.context
+        for epoch, first in enumerate(range(0, rows, windows)):
+            starts = self.order(source, epoch)[: rows - first]
+            seen[(starts[:, None] + np.arange(self.context)) % size] = True
+            if seen.all():
+                break
+        return int(seen.sum())
+
     def report(self, cursor: int) -> dict[str, dict[str, float]]:
         """What batches 0 … cursor − 1 read of each source: tokens, share, unique tokens, epochs."""
         rows = self.rows_before(cursor)
-        sizes = [len(file.ids) for file in self.sources.values()]
         return {
             name: {
                 "tokens": int(n * self.context),
                 "share": float(n / max(1, rows.sum())),
-                "unique": int(min(size, n * self.context)),
-                "epochs": float(n * self.context / size),
+                "unique": self.unique(i, int(n)),
+                "epochs": float(n * self.context / len(self.sources[name].ids)),
             }
-            for name, n, size in zip(self.sources, rows, sizes, strict=True)
+            for i, (name, n) in enumerate(zip(self.sources, rows, strict=True))
         }
 
 

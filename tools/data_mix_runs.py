@@ -1,17 +1,20 @@
-"""Make chapter 21's stored runs: mixes at three sizes, late and early sources, a pile sorted, into results/data_mix.json.
+"""Make chapter 21's stored runs: rates, mixes at three sizes, the order of reading, a pile, arithmetic, into results/data_mix.json.
 
-`python tools/data_mix_runs.py` makes the rows that are missing (about twenty minutes on two cores from nothing),
-`--part NAME` one part of mixes, order, pile, check; `--fresh` makes them again. Chapter 21 reads the file and makes the last row
-again.
+`python tools/data_mix_runs.py` makes the rows that are missing (about forty minutes of one core from nothing),
+`--part NAME` one part of rates, mixes, order, pile, arithmetic; `--fresh` makes them again. A finished row is stored at
+once, and the arithmetic run also keeps checkpoints in .cache, so the command may be stopped at any moment. Chapter 21
+reads the file and makes one row of the mixes again.
 """
 
 import argparse
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from llm_from_scratch.data_mix import (
     PAPER_MIX,
@@ -19,27 +22,31 @@ from llm_from_scratch.data_mix import (
     KindClassifier,
     MixedBatches,
     TokenFile,
+    arithmetic,
     byte_sample,
     chunks,
     mix_files,
     mix_tokenizer,
+    parse_answer,
     source_documents,
     write_tokens,
 )
+from llm_from_scratch.generation import generate
 from llm_from_scratch.llama import Llama, LlamaConfig
 from llm_from_scratch.pretraining import make_optimizer, model_bits_per_byte, next_token_loss
 from llm_from_scratch.training import fit
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "data_mix.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "data_mix.json"
 COMMAND = ".venv/bin/python tools/data_mix_runs.py"
-STEPS, BATCH, CONTEXT, SIZE = 300, 8, 128, 1_000_000
+STEPS, BATCH, CONTEXT, SIZE = 600, 4, 128, 1_000_000
 FOLDER = Path(tempfile.mkdtemp())
 
 
 @functools.cache
-def tokenizer():
-    """1,024 ids, trained on equal bytes of every source."""
-    return mix_tokenizer(FOLDER / "mix", 1024)
+def tokenizer(size=1024):
+    """A tokenizer trained on equal bytes of every source."""
+    return mix_tokenizer(FOLDER / f"mix-{size}", size)
 
 
 @functools.cache
@@ -49,45 +56,70 @@ def files():
 
 
 @functools.cache
-def held_out():
-    """Validation text by kind: 8 KB of a source at most, so that all kinds cost the same time."""
-    texts = {name: byte_sample(source_documents(name, "validation"), 8_000) for name in SOURCES}
+def held_out(size=16_000):
+    """Validation text by kind, `size` bytes of a source at most, so that all kinds cost the same time."""
+    names = {"plays": "plays", "docs": "docs", "mathematics": "arithmetic", "code": "code"}
+    names["multilingual"] = "french"
     return {
-        "plays": texts["plays"],
-        "docs": texts["docs"],
-        "mathematics": texts["arithmetic"],
-        "code": texts["code"],
-        "multilingual": texts["latin"],
+        kind: byte_sample(source_documents(name, "validation"), size)
+        for kind, name in names.items()
     }
 
 
-def train(sources, schedule, width, seed, *, steps=STEPS, peak=None):
-    """Train a two-layer Llama of this width; its bits per byte on every kind of validation text.
-
-    `peak`: the highest learning rate; None for 0.32 / width.
-    """
+def model_of(width, seed):
+    """A two-layer Llama of this width, 1,024 ids."""
     heads = width // 16
     config = LlamaConfig(
         1024, width, 2, heads, heads, 8 * width // 3, 16, tie_embeddings=True, max_seq_len=CONTEXT
     )
-    optimizer = make_optimizer(steps=steps, peak=peak or 0.32 / width, warmup=20)
-    batches = MixedBatches(sources, schedule, BATCH, CONTEXT, seed)
-    model = Llama(config, key=jax.random.key(seed))
-    state, _ = fit(model, next_token_loss, batches, optimizer, steps=steps, seed=seed)
+    return Llama(config, key=jax.random.key(seed))
+
+
+def scores(model, size=16_000):
+    """Bits per byte of a model on every kind of validation text."""
     return {
-        kind: round(model_bits_per_byte(state.model, tokenizer(), texts, context=CONTEXT), 4)
-        for kind, texts in held_out().items()
+        kind: round(model_bits_per_byte(model, tokenizer(), texts, context=CONTEXT), 4)
+        for kind, texts in held_out(size).items()
     }
+
+
+def train(sources, schedule, width, seed, peak, *, steps=STEPS):
+    """Train a model of this width on a mix; its bits per byte on every kind of validation text."""
+    optimizer = make_optimizer(steps=steps, peak=peak, warmup=50)
+    batches = MixedBatches(sources, schedule, BATCH, CONTEXT, seed)
+    state, _ = fit(
+        model_of(width, seed), next_token_loss, batches, optimizer, steps=steps, seed=seed
+    )
+    return scores(state.model)
+
+
+# Rates -------------------------------------------------------------------------------------------
+
+# the rate of each width: the best of three on seeds that no other part uses, all on the paper's mix
+RATES = {32: (0.003, 0.006, 0.012), 64: (0.003, 0.006, 0.012), 128: (0.0015, 0.003, 0.006)}
+RATE_SEEDS = {32: (98, 99), 64: (98, 99), 128: (98,)}
+
+
+def rate_row(arm, seed):
+    _, width, rate = arm.split()
+    return train(files(), [(0, PAPER_MIX)], int(width), seed, float(rate))
 
 
 # Candidate mixes ---------------------------------------------------------------------------------
 
 
-def kinds(general, mathematics, code, latin):
-    """Shares by kind → by source; the general part is divided as in the paper's mix of chapter 21."""
-    inside = {name: share / 0.5 for name, share in PAPER_MIX.items()}
-    general_part = {n: general * inside[n] for n in ("plays", "poems", "folio", "docs")}
-    return general_part | {"arithmetic": mathematics, "code": code, "latin": latin}
+def kinds(general, mathematics, code, multilingual):
+    """Shares by kind → by source; each kind is divided as in the paper's mix of chapter 21."""
+    share = {
+        "general": general,
+        "mathematics": mathematics,
+        "code": code,
+        "multilingual": multilingual,
+    }
+    total = dict.fromkeys(share, 0.0)
+    for name, part in PAPER_MIX.items():
+        total[SOURCES[name].kind] += part
+    return {n: share[(k := SOURCES[n].kind)] * part / total[k] for n, part in PAPER_MIX.items()}
 
 
 MIXES = {
@@ -95,35 +127,46 @@ MIXES = {
     "general": kinds(0.76, 0.08, 0.08, 0.08),
     "code": kinds(0.30, 0.10, 0.52, 0.08),
     "mathematics": kinds(0.25, 0.50, 0.17, 0.08),
-    "no latin": kinds(0.50, 0.25, 0.25, 0.00),
 }
-SMALL, LARGE = (32, 64), 128
-SMALL_SEEDS, LARGE_SEEDS = (0, 1, 2), (10, 11, 12)
-LARGE_MIXES = [name for name in MIXES if name != "no latin"]  # the small models put it behind
+PEAK = {32: 0.006, 64: 0.006, 128: 0.003}
+SEEDS = {32: range(5), 64: range(5), 128: range(10, 15)}  # the large runs have seeds of their own
 
 
 def mix_row(arm, seed):
     name, width = arm.rsplit(" ", 1)
-    return train(files(), [(0, MIXES[name])], int(width), seed)
+    return train(files(), [(0, MIXES[name])], int(width), seed, PEAK[int(width)])
 
 
 # The order of reading ----------------------------------------------------------------------------
 
-# These and the runs of the pile: a calmer rate, since at 0.01 some seeds stayed on a plateau.
-# Chosen on seeds 98 and 99 of "even" alone; predictions are in the chapter, committed before the runs.
-CALM = {"width": 64, "steps": 500, "peak": 0.003}
-HALF = CALM["steps"] // 2
+# Half code and half plays for TRUNK steps, once for each seed; then three ways on from the same checkpoint, with the
+# same totals. The rate is constant after the warm-up, so that late text is not read with smaller steps.
+TRUNK, BRANCH, ORDER_WIDTH = 600, 400, 64
+HALF = {"plays": 0.5, "code": 0.5}
+MUCH, LITTLE = {"plays": 0.1, "code": 0.9}, {"plays": 0.9, "code": 0.1}
+ORDERS = {"even": (HALF, HALF), "late": (LITTLE, MUCH), "early": (MUCH, LITTLE)}
 
-# code and plays, half of each in all: evenly, code late, code early
-ORDERS = {
-    "even": [(0, {"plays": 0.5, "code": 0.5})],
-    "late": [(0, {"plays": 0.75, "code": 0.25}), (HALF, {"plays": 0.25, "code": 0.75})],
-    "early": [(0, {"plays": 0.25, "code": 0.75}), (HALF, {"plays": 0.75, "code": 0.25})],
-}
+
+def order_schedule(arm):
+    first, second = ORDERS[arm]
+    return [(0, HALF), (TRUNK, first), (TRUNK + BRANCH // 2, second)]
 
 
 def order_row(arm, seed):
-    return train(files(), ORDERS[arm], seed=seed, **CALM)
+    optimizer = make_optimizer(steps=TRUNK + BRANCH, peak=0.003, warmup=50, floor=1.0)
+    options = {"seed": seed, "directory": FOLDER / f"{arm}-{seed}"}
+    trunk = FOLDER / f"trunk-{seed}"
+
+    def run(steps, **options):
+        batches = MixedBatches(files(), order_schedule(arm), BATCH, CONTEXT, seed)
+        return fit(
+            model_of(ORDER_WIDTH, seed), next_token_loss, batches, optimizer, steps=steps, **options
+        )[0].model
+
+    if not trunk.exists():
+        run(TRUNK, **options | {"directory": trunk})
+    shutil.copytree(trunk, options["directory"], dirs_exist_ok=True)
+    return scores(run(TRUNK + BRANCH, **options), 64_000)
 
 
 # A pile without labels ---------------------------------------------------------------------------
@@ -169,23 +212,76 @@ def sorted_pile():
 def pile_row(arm, seed):
     parts, natural = sorted_pile()
     weights = natural if arm == "as found" else dict.fromkeys(natural, 1 / len(natural))
-    return train(parts, [(0, weights)], seed=seed, **CALM)
+    return train(parts, [(0, weights)], 64, seed, 0.003, steps=1000)
 
 
-def check_row(arm, seed):
-    """A run of 100 steps, short enough to end alike on every processor: chapter 21 makes it again."""
-    return train(files(), [(0, PAPER_MIX)], 32, seed, steps=100, peak=0.003)
+# Arithmetic --------------------------------------------------------------------------------------
+
+# Can a model of a million weights learn the sums of the generator, with the 4,096 ids of the full mix?
+SUMS = {"steps": 2400, "batch": 8, "width": 128, "layers": 3, "peak": 0.003, "every": 400}
+
+
+def answered(model, problems):
+    """Which problems a model works out right, greedily from their prompts."""
+    ids = tokenizer(4096)
+    written = []
+    for at in range(0, len(problems), 50):
+        prompts = [ids.encode(p.prompt, bos=True) for p in problems[at : at + 50]]
+        written += generate(model, prompts, max_tokens=70, stop_ids=ids.stop_ids)
+    return [parse_answer(ids.decode(w)) == p.answer for w, p in zip(written, problems, strict=True)]
+
+
+def sums_row(arm, seed):
+    ids, c = tokenizer(4096), SUMS
+    width = c["width"]
+    config = LlamaConfig(
+        4096,
+        width,
+        c["layers"],
+        4,
+        4,
+        8 * width // 3,
+        width // 4,
+        tie_embeddings=True,
+        max_seq_len=256,
+    )
+    parts = mix_files(FOLDER / "tokens-4096", ids, names=["arithmetic"])
+    optimizer = make_optimizer(steps=c["steps"], peak=c["peak"], warmup=50)
+    batches = MixedBatches(parts, [(0, {"arithmetic": 1.0})], c["batch"], CONTEXT, seed)
+    upto = int(arm.split()[1])
+    model = fit(
+        Llama(config, key=jax.random.key(seed)),
+        next_token_loss,
+        batches,
+        optimizer,
+        steps=upto,
+        seed=seed,
+        directory=ROOT / ".cache" / "data_mix" / f"sums-{seed}",
+    )[0].model
+    problems = arithmetic(200, "validation")
+    if upto == c["steps"]:  # the finished model works on the test problems
+        problems = arithmetic(600, "test")
+    right = np.array(answered(model, problems))
+    row = {"problems": len(problems), "right": int(right.sum())}
+    for sign in "+-*<":
+        of = np.array([p.operation == sign for p in problems])
+        row |= {f"n {sign}": int(of.sum()), f"right {sign}": int(right[of].sum())}
+    new = np.array([p.new_wording for p in problems])
+    return row | {"n new": int(new.sum()), "right new": int(right[new].sum())}
 
 
 PARTS = {
-    "mixes": (
-        mix_row,
-        {f"{name} {width}": SMALL_SEEDS for width in SMALL for name in MIXES}
-        | {f"{name} {LARGE}": LARGE_SEEDS for name in LARGE_MIXES},
+    "rates": (
+        rate_row,
+        {f"rate {w} {r}": RATE_SEEDS[w] for w, rates in RATES.items() for r in rates},
     ),
-    "order": (order_row, dict.fromkeys(ORDERS, (0, 1, 2, 3, 4))),
-    "pile": (pile_row, dict.fromkeys(("as found", "down-sampled"), (0, 1, 2, 3, 4))),
-    "check": (check_row, {"check": (0,)}),
+    "mixes": (mix_row, {f"{name} {w}": seeds for w, seeds in SEEDS.items() for name in MIXES}),
+    "order": (order_row, dict.fromkeys(ORDERS, range(5))),
+    "pile": (pile_row, dict.fromkeys(("as found", "down-sampled"), range(5))),
+    "arithmetic": (
+        sums_row,
+        {f"sums {n}": (0,) for n in range(SUMS["every"], SUMS["steps"] + 1, SUMS["every"])},
+    ),
 }
 
 
