@@ -84,6 +84,7 @@ _PUBLIC = {
     "mini_llama": "pretraining",
     "minilm_path": "bert",
     "mix_files": "data_mix",
+    "mix_of_kinds": "data_mix",
     "mix_tokenizer": "data_mix",
     "model_bits_per_byte": "pretraining",
     "multiple_choice": "evaluation",

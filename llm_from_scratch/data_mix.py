@@ -342,6 +342,22 @@ PAPER_MIX = {
 }
 
 
+def mix_of_kinds(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the four kinds → of the sources; each kind is divided as in `PAPER_MIX`.
+
+    Raises ValueError for an unknown kind.
+    """
+    if unknown := sorted(shares.keys() - set(KINDS)):
+        raise ValueError(f"no kind {unknown}; there are {', '.join(KINDS)}")
+    total = dict.fromkeys(KINDS, 0.0)
+    for name, part in PAPER_MIX.items():
+        total[SOURCES[name].kind] += part
+    return {
+        name: shares.get(kind := SOURCES[name].kind, 0.0) * part / total[kind]
+        for name, part in PAPER_MIX.items()
+    }
+
+
 def source_documents(name: str, split: str = "train") -> tuple[str, ...]:
     """The documents of a source of `SOURCES` in a split, exact copies removed.
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from llm_from_scratch.data_mix import (
+    KINDS,
     PAPER_MIX,
     SOURCES,
     KindClassifier,
@@ -26,6 +27,7 @@ from llm_from_scratch.data_mix import (
     byte_sample,
     chunks,
     mix_files,
+    mix_of_kinds,
     mix_tokenizer,
     parse_answer,
     source_documents,
@@ -95,9 +97,8 @@ def train(sources, schedule, width, seed, peak, *, steps=STEPS):
 
 # Rates -------------------------------------------------------------------------------------------
 
-# the rate of each width: the best of three on seeds that no other part uses, all on the paper's mix
-RATES = {32: (0.003, 0.006, 0.012), 64: (0.003, 0.006, 0.012), 128: (0.0015, 0.003, 0.006)}
-RATE_SEEDS = {32: (98, 99), 64: (98, 99), 128: (98,)}
+# the rate of each width: the best of three on a seed that no other part uses, all on the paper's mix
+RATES = {32: (0.003, 0.006, 0.012), 48: (0.003, 0.006, 0.012), 96: (0.0015, 0.003, 0.006)}
 
 
 def rate_row(arm, seed):
@@ -108,33 +109,21 @@ def rate_row(arm, seed):
 # Candidate mixes ---------------------------------------------------------------------------------
 
 
-def kinds(general, mathematics, code, multilingual):
-    """Shares by kind → by source; each kind is divided as in the paper's mix of chapter 21."""
-    share = {
-        "general": general,
-        "mathematics": mathematics,
-        "code": code,
-        "multilingual": multilingual,
-    }
-    total = dict.fromkeys(share, 0.0)
-    for name, part in PAPER_MIX.items():
-        total[SOURCES[name].kind] += part
-    return {n: share[(k := SOURCES[n].kind)] * part / total[k] for n, part in PAPER_MIX.items()}
-
-
+# shares of general, mathematics, code, multilingual; a kind is divided as in the paper's mix of chapter 21
 MIXES = {
-    "paper": kinds(0.50, 0.25, 0.17, 0.08),
-    "general": kinds(0.76, 0.08, 0.08, 0.08),
-    "code": kinds(0.30, 0.10, 0.52, 0.08),
-    "mathematics": kinds(0.25, 0.50, 0.17, 0.08),
+    "paper": (0.50, 0.25, 0.17, 0.08),
+    "general": (0.76, 0.08, 0.08, 0.08),
+    "code": (0.30, 0.10, 0.52, 0.08),
+    "mathematics": (0.25, 0.50, 0.17, 0.08),
 }
-PEAK = {32: 0.006, 64: 0.006, 128: 0.003}
-SEEDS = {32: range(5), 64: range(5), 128: range(10, 15)}  # the large runs have seeds of their own
+PEAK = {32: 0.006, 48: 0.006, 96: 0.003}
+SEEDS = {32: range(5), 48: range(5), 96: range(10, 15)}  # the large runs have seeds of their own
 
 
 def mix_row(arm, seed):
     name, width = arm.rsplit(" ", 1)
-    return train(files(), [(0, MIXES[name])], int(width), seed, PEAK[int(width)])
+    shares = mix_of_kinds(dict(zip(KINDS, MIXES[name], strict=True)))
+    return train(files(), [(0, shares)], int(width), seed, PEAK[int(width)])
 
 
 # The order of reading ----------------------------------------------------------------------------
@@ -273,7 +262,7 @@ def sums_row(arm, seed):
 PARTS = {
     "rates": (
         rate_row,
-        {f"rate {w} {r}": RATE_SEEDS[w] for w, rates in RATES.items() for r in rates},
+        {f"rate {w} {r}": (98,) for w, rates in RATES.items() for r in rates},
     ),
     "mixes": (mix_row, {f"{name} {w}": seeds for w, seeds in SEEDS.items() for name in MIXES}),
     "order": (order_row, dict.fromkeys(ORDERS, range(5))),
@@ -305,7 +294,10 @@ def main():
         rows[arm, seed] = row
         ordered = [rows[a, s] for _, a, s in keys if (a, s) in rows]
         body = ",\n".join("  " + json.dumps(row) for row in ordered)
-        RESULTS.write_text(f'{{"command": "{COMMAND}",\n "rows": [\n{body}\n]}}\n')
+        plan = json.dumps({"steps": STEPS, "batch": BATCH, "peak": PEAK, "mixes": MIXES})
+        RESULTS.write_text(
+            f'{{"command": "{COMMAND}",\n "plan": {plan},\n "rows": [\n{body}\n]}}\n'
+        )
         print(row, flush=True)
 
 
