@@ -262,9 +262,9 @@ def addition_steps(a: int, b: int) -> list[str]:
     """The lines that add two numbers column by column from the right; after a colon, the answer so far."""
     lines, carry, done = [aligned(a, "+", b)], 0, ""
     top, bottom = lines[0].split("+")
-    for left, (x, y) in zip(range(len(top))[::-1], zip(top[::-1], bottom[::-1], strict=True)):
-        total = int(x) + int(y) + carry
-        done = str(total % 10 if left else total) + done  # the last sum is written whole
+    for x, y in zip(top[::-1], bottom[::-1], strict=True):
+        total, last = int(x) + int(y) + carry, len(done) + 1 == len(top)
+        done = str(total if last else total % 10) + done  # the last sum is written whole
         lines.append(f"{x}+{y}{f'+{carry}' if carry else ''}={total}: {done}")
         carry = total // 10
     return lines
@@ -290,9 +290,9 @@ def subtraction_steps(a: int, b: int) -> list[str]:
 def multiplication_steps(a: int, b: int) -> list[str]:
     """The lines that multiply a by the single digit b, from the right."""
     lines, carry, done = [f"{a}*{b}"], 0, ""
-    for left, x in zip(range(len(str(a)))[::-1], str(a)[::-1], strict=True):
-        total = int(x) * b + carry
-        done = str(total % 10 if left else total) + done
+    for x in str(a)[::-1]:
+        total, last = int(x) * b + carry, len(done) + 1 == len(str(a))
+        done = str(total if last else total % 10) + done
         lines.append(f"{x}*{b}{f'+{carry}' if carry else ''}={total}: {done}")
         carry = total // 10
     return lines
@@ -318,40 +318,77 @@ for a, b in itertools.product((0, 7, 99, 100, 473, 999), (0, 1, 9)):
     assert a < b or int(subtraction_steps(a, b)[-1].split(": ")[1]) == a - b
 
 # %% [markdown]
-# Problems come bare ("What is 473 + 58?") and in words. Two things are held out. **Pairs of operands**, by a hash of the operation and the pair: a test sum was never seen, in any wording. And **wordings**: for each operation one template is kept for validation and one for test. A model that has only learnt the wording by heart fails on the second, one that has learnt the pairs by heart on the first.
+# Problems come bare ("What is 473 + 58?") and in words. Two things are held out. **Pairs of operands**, by a hash of the operation and the pair: a test sum was never seen, in any wording. And **wordings**: of the fourteen of each operation, one is kept for validation and one for test. A model that has only learnt the wordings by heart fails on the second, one that has learnt the pairs by heart on the first.
 
 # %%
 #| export
-_TEMPLATES = {  # operation: wordings for training, then one for validation, one for test
+_WORDINGS = {  # operation: wordings for training, then one for validation, one for test
     "+": (
         "What is {a} + {b}?",
         "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "What is {a} plus {b}?",
         "{name} has {a} {things} and finds {b} more. How many {things} has {name} now?",
         "There are {a} {things} in one box and {b} in another. How many {things} are there?",
+        "{name} had {a} {things} and got {b} from a friend. How many has {name} now?",
+        "{a} {things} lie on the table, {b} on the floor. How many lie there in all?",
+        "{name} wrote {a} letters in May, then {b} in June. How many did {name} write?",
+        "On Sunday {a} guests came, on Friday {b}. How many came on both days?",
+        "A baker baked {a} loaves, then {b} loaves. How many loaves are there?",
+        "{name} puts {b} {things} to {a} {things}. How many are they together?",
         "A shop sold {a} {things} on Monday and {b} on Tuesday. How many did it sell?",
         "{name} read {a} pages, then {b} pages. How many pages is that?",
     ),
     "-": (
         "What is {a} - {b}?",
         "Take {b} from {a}.",
+        "What is {a} minus {b}?",
+        "What is the difference of {a} and {b}?",
         "{name} has {a} {things} and gives {b} away. How many {things} are left?",
         "Of {a} {things}, {b} are broken. How many are whole?",
+        "{name} had {a} {things} and lost {b}. How many has {name} left?",
+        "There were {a} {things} and {b} were sold. How many {things} remain?",
+        "{a} guests came and {b} have gone. How many are still there?",
+        "A rope of {a} feet is cut by {b} feet. How long is it now?",
+        "The king is {a} years old, the tree {b}. How many years lie between?",
+        "{name} paid {b} of {a} coins. How many coins are still to pay?",
         "A road is {a} miles long. {name} has walked {b} miles. How many miles remain?",
         "{name} needs {a} {things} and has {b}. How many are missing?",
     ),
+}
+
+# %%
+#| export
+_WORDINGS |= {
     "*": (
         "What is {a} * {b}?",
         "Multiply {a} by {b}.",
+        "What is {a} times {b}?",
+        "What is the product of {a} and {b}?",
         "There are {b} boxes with {a} {things} each. How many {things} are there?",
         "{name} buys {a} {things} for {b} coins each. How many coins does {name} pay?",
+        "{b} friends have {a} {things} each. How many have they together?",
+        "{name} reads {a} pages a day for {b} days. How many pages are read?",
+        "Each of {b} shelves holds {a} books. How many books are there?",
+        "For {b} days {a} guests come each day. How many guests come?",
+        "One coat costs {a} coins. How many coins do {b} coats cost?",
+        "{name} plants {b} rows with {a} trees each. How many trees are there?",
         "{name} walks {a} miles a day for {b} days. How many miles is that?",
         "A hall has {b} rows of {a} seats. How many seats has it?",
     ),
     "<": (
         "Which is larger, {a} or {b}?",
         "Name the larger number: {a}, {b}.",
+        "Which is more, {a} or {b}?",
+        "What is the maximum of {a} and {b}?",
         "{name} has {a} {things}, a friend has {b}. What is the larger number of {things}?",
         "One town has {a} houses, another {b}. How many has the larger?",
+        "One box holds {a} {things}, one {b}. How many does the larger hold?",
+        "One road is {a} miles long, one {b}. How long is the longer?",
+        "Two friends got {a} and {b} votes. How many got the winner?",
+        "One rope has {a} feet, one {b}. How many feet has the longer?",
+        "Of {a} and {b}, which is the greater?",
+        "One book has {a} pages, one {b}. How many has the thicker?",
         "One tree is {a} years old, one {b}. How old is the older?",
         "Two bags hold {a} and {b} {things}. How many are in the fuller bag?",
     ),
@@ -418,7 +455,7 @@ def arithmetic(n: int, split: str = "train", *, seed: int = 0, limit: int = 1000
         )
     chooser, made = random.Random(f"{seed} {split}"), []
     while len(made) < n:
-        operation = chooser.choice(tuple(_TEMPLATES))
+        operation = chooser.choice(tuple(_WORDINGS))
         longest = len(str(limit - 1))
         tops = [min(limit, 10 ** chooser.randint(1, longest)) for _ in range(2)]
         a, b = (chooser.randrange(top) for top in tops)
@@ -427,8 +464,8 @@ def arithmetic(n: int, split: str = "train", *, seed: int = 0, limit: int = 1000
         if hashed_split(f"{operation} {min(a, b)} {max(a, b)}") != split:
             continue
         own = split != "train" and chooser.random() < 1 / 3
-        wordings = _TEMPLATES[operation]
-        wording = wordings[3 + SPLITS.index(split)] if own else chooser.choice(wordings[:4])
+        wordings = _WORDINGS[operation]
+        wording = wordings[SPLITS.index(split) - 3] if own else chooser.choice(wordings[:-2])
         words = {"name": chooser.choice(_NAMES), "things": chooser.choice(_THINGS)}
         answer = {"+": a + b, "-": a - b, "*": a * b, "<": max(a, b)}[operation]
         steps = tuple(_STEPS[operation](a, b))

@@ -19,7 +19,6 @@ import numpy as np
 from llm_from_scratch.data_mix import (
     KINDS,
     PAPER_MIX,
-    SOURCES,
     KindClassifier,
     MixedBatches,
     TokenFile,
