@@ -991,11 +991,15 @@ print("the loader is at least three times as fast as training a model of 160,000
 # %% [markdown]
 # ## 7 · Can a small model learn these sums?
 #
-# A generator without an error is worth nothing if its text cannot be learnt by the model that reads it. Our first format failed. It wrote "473 is 4 7 3; 58 is 5 8" to spell the numbers, then lines such as "3 + 8 = 11, write 1, carry 1", 72 tokens a problem, with tokens of two digits in the vocabulary. After 700 steps of 1,024 tokens a Llama of 1.1 million parameters did not even copy the numbers of the question into its first line. The format of section 2 with a token for every digit has 45 tokens a problem, and the same model copied them after 1,000 steps.
+# A generator without an error is worth nothing if its text cannot be learnt by the model that reads it. Two of ours were not good enough, and their faults teach more than the last one.
 #
-# So here is the proof that we ask of the format: the 4,096-id tokenizer of the full mix, three layers of width 128, arithmetic and nothing else, 2,400 steps of 1,024 tokens at a peak rate of 0.003 (about eight minutes of one core, so it is a stored run). It then works 600 test problems from their questions alone, greedily (chapter 12); no pair of operands was seen in training, and a third of the wordings was not. Only the number after `Answer:` counts.
+# *The first* spelled every number ("473 is 4 7 3; 58 is 5 8") and wrote lines such as "3 + 8 = 11, write 1, carry 1", with tokens of two digits in the vocabulary. A problem had 72 tokens. After 700 steps of 1,024 tokens a Llama of 1.1 million parameters did not even copy the numbers of the question into its first line.
 #
-# What would be easy? Three rivals need no idea of a sum: always the commonest answer of the operation; always the first number of the question (right when it is the larger one that is asked for, or when 0 is added); and a 6-gram of bytes (chapter 01) that continues the text. **Predict** the share of right answers. Ours, after the pilot of 1,000 steps, which had 13 %: above 60 %; comparisons best, products worst.
+# *The second* had the lines of section 2, a token for every digit, and four wordings of each operation for training. After 2,400 steps the same model solved 84 % of the test problems in those wordings, and 3 of 210 in a new one. It could calculate; it had learnt four sentences by heart to know *what*.
+#
+# *The third* is the one above, with twelve wordings. Here is the proof that we ask of it: the tokenizer of the full mix with 4,096 ids, three layers of width 128, arithmetic and nothing else, 2,400 steps of 1,024 tokens at a peak rate of 0.003 (about eight minutes of one core, so it is a stored run). The model then works 600 test problems from their questions alone, greedily (chapter 12). No pair of operands was seen in training, and a third of the problems are in the one wording that was not. Only the number after `Answer:` counts.
+#
+# What would be easy? Three rivals need no idea of a sum: always the commonest answer of the operation; always the first number of the question (right when that happens to be the larger one, or when 0 is added); and a 6-gram of bytes (chapter 01) that continues the text. **Predict** the share of right answers. Ours, written before the run: above 60 % in all, and above 30 % in the new wordings; comparisons best, products worst.
 
 # %%
 test = arithmetic(600, "test")
@@ -1200,19 +1204,12 @@ ledger.claim(
 
 # %%
 MIXES = ("paper", "general", "code", "mathematics")
-for width in (32, 48, 96):
-    tried = {a for r in STORED["rows"] if (a := r["arm"]).startswith(f"rate {width} ")}
-    means = {
-        a.split()[2]: values(a, "plays", "docs", *RARE[1:], "multilingual").mean() for a in tried
-    }
-    print(f"width {width:3}:", {rate: f"{means[rate]:.2f}" for rate in sorted(means)})
-KIND_NAMES = ("general", "mathematics", "code", "multilingual")
+OTHER_KINDS = ("mathematics", "code", "multilingual")
 
 
 def by_kind(arm: str) -> np.ndarray:
     """Bits per byte of each seed of an arm, by kind: general is the mean of plays and docs."""
-    parts = [values(arm, "plays", "docs")]
-    return np.stack([*parts, *(values(arm, name) for name in KIND_NAMES[1:])], axis=1)
+    return np.stack([values(arm, "plays", "docs"), *(values(arm, k) for k in OTHER_KINDS)], axis=1)
 
 
 def score(arm: str) -> np.ndarray:
@@ -1220,6 +1217,17 @@ def score(arm: str) -> np.ndarray:
     return by_kind(arm).mean(1)
 
 
+peak = {}
+for width in (32, 48, 96):
+    arms = [r["arm"] for r in STORED["rows"] if r["arm"].startswith(f"rate {width} ")]
+    tried = {arm.split()[2]: float(score(arm)[0]) for arm in arms}
+    peak[width] = float(min(tried, key=tried.get))
+    print(f"width {width}:", ", ".join(f"rate {rate} → {bits:.2f}" for rate, bits in tried.items()))
+
+# %% [markdown]
+# RATESEND
+
+# %%
 size = {width: 2 * (4 * width**2 + 3 * width * (8 * width // 3)) for width in (32, 48, 96)}
 forecast, truth = {}, {}
 for name in MIXES:
@@ -1290,7 +1298,7 @@ def again(row: dict) -> dict[str, float]:
     """A run of the mixes made again: bits per byte by kind, as `mix_row` of tools/data_mix_runs.py."""
     name, width, plan = *row["arm"].split(), STORED["plan"]
     shares = mix_of_kinds(dict(zip(KINDS, plan["mixes"][name], strict=True)))
-    width, peak, steps = int(width), plan["peak"][width], plan["steps"]
+    width, steps = int(width), plan["steps"]
     config = LlamaConfig(
         1024,
         width,
@@ -1302,7 +1310,7 @@ def again(row: dict) -> dict[str, float]:
         tie_embeddings=True,
         max_seq_len=128,
     )
-    optimizer = make_optimizer(steps=steps, peak=peak, warmup=50)
+    optimizer = make_optimizer(steps=steps, peak=peak[width], warmup=50)
     source = MixedBatches(mix, [(0, shares)], plan["batch"], 128, row["seed"])
     model = Llama(config, key=jax.random.key(row["seed"]))
     model = fit(model, next_token_loss, source, optimizer, steps=steps, seed=row["seed"])[0].model

@@ -22,6 +22,7 @@ from llm_from_scratch.data_mix import (
     chunks,
     docstrings,
     hashed_split,
+    mix_of_kinds,
     mix_tokenizer,
     parse_answer,
     source_documents,
@@ -51,6 +52,7 @@ def same(one, two):
 
 def test_pins_are_those_of_requirements():
     text = (ROOT / "requirements.txt").read_text().splitlines()
+    text += (ROOT / "requirements-data.txt").read_text().splitlines()
     assert all(f"{package}=={number}" in text for package, number in PINS.items())
 
 
@@ -99,10 +101,12 @@ def test_every_line_of_arithmetic_is_true(split):
         right = {"+": a + b, "-": a - b, "*": a * b, "<": max(a, b)}[problem.operation]
         assert problem.answer == right == parse_answer(problem.text)
         assert sorted(map(int, re.findall(r"\d+", problem.question))) == sorted(problem.operands)
-        for left, value in re.findall(r"^([\d +*-]+) = (\d+),", problem.text, re.M):
-            assert eval(left) == int(value)  # digits and signs only
-        for joined, value in re.findall(r"together ((?:\d )+)is (\d+)", problem.text):
-            assert joined.replace(" ", "") == value
+        columns = re.findall(r"^([\d+*-]+)=(\d+): (\d+)$", problem.text, re.M)
+        assert all(eval(left) == int(value) for left, value, _ in columns)  # digits and signs only
+        assert problem.operation == "<" or int(columns[-1][2]) == right
+        for x, sign, y in re.findall(r"^(\d)([<>=])(\d)$", problem.text, re.M):
+            assert eval(f"{x}{'==' if sign == '=' else sign}{y}")
+        assert problem.text.count("\n") == len(problem.steps) + 2
 
 
 def test_arithmetic_holds_out_pairs_and_wordings():
@@ -117,6 +121,39 @@ def test_arithmetic_holds_out_pairs_and_wordings():
     told = {split: {p.question for p in arithmetic(900, split)} for split in SPLITS}
     for words, home in (("A shop sold", "validation"), ("pages is that", "test")):
         assert {s for s in SPLITS if any(words in question for question in told[s])} == {home}
+
+
+def test_wordings():
+    wordings = [w for of in data_mix._WORDINGS.values() for w in of]
+    assert len(set(wordings)) == len(wordings) == 4 * 14
+    assert all(
+        {"a", "b"} <= set(re.findall(r"{(\w+)}", w)) <= {*"ab", "name", "things"} for w in wordings
+    )
+
+
+def test_french_is_translated_and_split_by_extension():
+    found = {s: {m for d in source_documents("french", s) for m in d.splitlines()} for s in SPLITS}
+    assert "Précédent" in found["validation"] and "Précédent" not in found["train"]
+    assert sum(len(m.encode()) for m in found["train"]) > 100_000
+    assert not any("Previous" == m for messages in found.values() for m in messages)
+
+
+def test_mix_of_kinds():
+    shares = {"general": 0.5, "mathematics": 0.25, "code": 0.17, "multilingual": 0.08}
+    assert mix_of_kinds(shares) == pytest.approx(PAPER_MIX)
+    only = mix_of_kinds({"general": 1.0})
+    assert sum(only.values()) == pytest.approx(1) and only["code"] == 0
+    assert only["plays"] / only["docs"] == pytest.approx(PAPER_MIX["plays"] / PAPER_MIX["docs"])
+    with pytest.raises(ValueError, match="no kind"):
+        mix_of_kinds({"web": 1.0})
+
+
+def test_every_digit_is_a_token(tmp_path, monkeypatch):
+    texts = ("12 and 12 and 12, 345 345 12",) * 4
+    monkeypatch.setattr(data_mix, "source_documents", lambda name, split="train": texts)
+    tokenizer = mix_tokenizer(tmp_path, 280)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("123")] == ["1", "2", "3"]
+    assert mix_tokenizer(tmp_path, 280).ranks == tokenizer.ranks
 
 
 def test_parse_answer():
@@ -155,6 +192,18 @@ def test_shares_are_those_of_the_schedule(files):
     assert second[1] == 0 and stats.binomtest(int(second[0]), 6400, 0.5).pvalue > 0.001
     assert third.tolist() == [0, 800, 0]
     report = batches.report(1600)
+    read = {name: set() for name in files}
+    for cursor in range(1600):
+        for row, source in enumerate(batches.drawn(cursor // 1024)[cursor % 1024]):
+            before = batches.rows_before(cursor)[source]
+            number = before + np.sum(batches.drawn(cursor // 1024)[cursor % 1024][:row] == source)
+            read[list(files)[source]].add(int(number))
+    for i, name in enumerate(files):  # the unique tokens, by another way: a set of positions
+        size, positions = len(files[name].ids), set()
+        for number in read[name]:
+            epoch, at = divmod(number, size // 32)
+            positions |= {(int(batches.order(i, epoch)[at]) + k) % size for k in range(32)}
+        assert report[name]["unique"] == len(positions) <= size
     assert report["c"]["epochs"] == pytest.approx(at[3][2] * 32 / len(files["c"].ids))
     assert sum(found["tokens"] for found in report.values()) == 1600 * 8 * 32
 
@@ -219,9 +268,14 @@ def test_classifier_is_naive_bayes():
 
 def test_stored_runs_support_the_choice():
     rows = json.loads((ROOT / "results" / "data_mix.json").read_text())["rows"]
-    arms = {row["arm"]: sum(r["arm"] == row["arm"] for r in rows) for row in rows}
-    assert {arms[f"{n} 128"] for n in ("paper", "general", "code", "mathematics")} == {3}
-    assert {arms[arm] for arm in ("even", "late", "early", "as found", "down-sampled")} == {5}
+    seeds = {row["arm"]: {r["seed"] for r in rows if r["arm"] == row["arm"]} for row in rows}
+    for name in ("paper", "general", "code", "mathematics"):
+        assert len(seeds[f"{name} 32"]) == len(seeds[f"{name} 48"]) == len(seeds[f"{name} 96"]) == 5
+        assert (
+            not seeds[f"{name} 96"] & seeds[f"{name} 48"]
+        )  # the large runs have seeds of their own
+    assert {len(seeds[a]) for a in ("even", "late", "early", "as found", "down-sampled")} == {5}
+    assert all(seeds[arm] == {98} for arm in seeds if arm.startswith("rate "))
     assert len({(row["arm"], row["seed"]) for row in rows}) == len(rows)
 
 
