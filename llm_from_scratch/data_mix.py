@@ -385,13 +385,9 @@ def mix_of_kinds(shares: Mapping[str, float]) -> dict[str, float]:
     """
     if unknown := sorted(shares.keys() - set(KINDS)):
         raise ValueError(f"no kind {unknown}; there are {', '.join(KINDS)}")
-    total = dict.fromkeys(KINDS, 0.0)
-    for name, part in PAPER_MIX.items():
-        total[SOURCES[name].kind] += part
-    return {
-        name: shares.get(kind := SOURCES[name].kind, 0.0) * part / total[kind]
-        for name, part in PAPER_MIX.items()
-    }
+    of = {name: SOURCES[name].kind for name in PAPER_MIX}
+    total = {kind: sum(p for name, p in PAPER_MIX.items() if of[name] == kind) for kind in KINDS}
+    return {name: shares.get(of[name], 0.0) * p / total[of[name]] for name, p in PAPER_MIX.items()}
 
 
 def source_documents(name: str, split: str = "train") -> tuple[str, ...]:
