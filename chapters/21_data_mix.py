@@ -1371,8 +1371,10 @@ for arm, (first, second) in thirds.items():
 for kind, arm in itertools.product(("code", "plays"), ("late", "early")):
     difference = interval(values("even", kind) - values(arm, kind))
     print(f"{kind:6} even − {arm:5} {difference} bits per byte")
-for kind in ("code", "plays"):
-    print(f"{kind:6} standard deviation over seeds of even: {values('even', kind).std(ddof=1):.3f}")
+both = {arm: values(arm, "code", "plays") for arm in ("even", "late", "early")}
+print("mean of both: even − late ", interval(both["even"] - both["late"]), "bits per byte")
+spread = (values("even", "code") - values("late", "code")).std(ddof=1)
+print(f"standard deviation over seeds of even − late on code: {spread:.2f}")
 
 # %%
 #| claim L014
@@ -1390,7 +1392,11 @@ ledger.claim(
 )
 
 # %% [markdown]
-# ORDEREND
+# The order matters, and now five seeds are enough to tell. With the same text read, *late* ends 0.07 bits per byte better on code than *even*. The whole interval is above 0, but not above the 0.05 that we asked for: *weaker* than predicted.
+#
+# Two things we did not expect. *Early* is no mirror image: what it loses on code is almost four times what *late* gains. Ten per cent of code are too few to keep up what ninety per cent had taught. And nothing is free: in the mean of both kinds, *late* is worse than *even*, since the plays lose more than the code gains. A late change of the mix pays for somebody who wants the late source more than the rest.
+#
+# Why could the earlier version not tell? Its difference between two arms had a standard deviation of 0.10 over seeds. Here it is 0.02, with the same evaluation text, so the noise was not in the evaluation: it came from the first steps, which the trunk now shares.
 #
 # ## Break it
 #

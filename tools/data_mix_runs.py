@@ -300,7 +300,10 @@ def main():
     wanted = [options.part] if options.part else list(PARTS)
     rows = {(row["arm"], row["seed"]): row for row in stored()}
     keys = [(p, arm, seed) for p in PARTS for arm, seeds in PARTS[p][1].items() for seed in seeds]
-    for part, arm, seed in keys:
+    turn = {(p, arm, seed): list(PARTS[p][1][arm]).index(seed) for p, arm, seed in keys}
+    for part, arm, seed in sorted(
+        keys, key=turn.get
+    ):  # the first seed of every arm, then the second
         if part not in wanted or ((arm, seed) in rows and not options.fresh):
             continue
         row = {"part": part, "arm": arm, "seed": seed} | PARTS[part][0](arm, seed)
