@@ -780,6 +780,8 @@ def _check_mix(mix: "MixedBatches") -> None:
         values = np.array(list(weights.values()), float)
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
+    if mix.context < 1:
+        raise ValueError(f"context must be at least 1 token, got {mix.context}")
     for name, file in mix.sources.items():
         if len(file.ids) <= mix.context:
             raise ValueError(f"{name} has {len(file.ids)} tokens; context={mix.context} needs more")
@@ -867,17 +869,18 @@ class MixedBatches(RowPlan):
     def __post_init__(self):
         _check_mix(self)
         super().__post_init__()
+        object.__setattr__(self, "_files", tuple(self.sources.values()))
         object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def _order(self, source: int, epoch: int) -> Int[np.ndarray, " M"]:
         """Where the windows of a source's epoch start, in the order of visiting."""
         random = np.random.default_rng([self.seed, 1, source, epoch])
-        count = len(list(self.sources.values())[source].ids) // self.context
+        count = len(self._files[source].ids) // self.context
         return random.integers(self.context) + self.context * random.permutation(count)
 
     def window(self, source: int, number: int) -> Int[np.ndarray, " T+1"]:
         """The ids of the row that is number `number` of all that a source ever gives, and the next id."""
-        ids = list(self.sources.values())[source].ids
+        ids = self._files[source].ids
         epoch, at = divmod(number, len(ids) // self.context)
         start = self.order(source, epoch)[at]
         return ids[(start + np.arange(self.context + 1)) % len(ids)]
@@ -891,7 +894,7 @@ class MixedBatches(RowPlan):
             if i in mine:
                 row = self.window(source, counts[source]).astype(np.int32)
                 rows.append(row)
-                segments.append(np.cumsum(row == list(self.sources.values())[source].bos))
+                segments.append(np.cumsum(row == self._files[source].bos))
             counts[source] += 1
         tokens, segments = np.stack(rows), np.stack(segments).astype(np.int32)
         targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
@@ -899,7 +902,7 @@ class MixedBatches(RowPlan):
 
     def unique(self, source: int, rows: int) -> int:
         """How many different tokens are in the first rows of a source, counted one by one."""
-        size = len(list(self.sources.values())[source].ids)
+        size = len(self._files[source].ids)
         seen, windows = np.zeros(size, bool), size // self.context
         for epoch, first in enumerate(range(0, rows, windows)):
             starts = self.order(source, epoch)[: rows - first]
@@ -1044,7 +1047,7 @@ for name, right in rivals.items():
     print(f"{name:17}", confidence_interval(right))
 
 # %% [markdown]
-# SUMSINTRO
+# So one problem in five can be had without a thought, most of them comparisons. This is the floor. The model's rows come from the file: one every 400 steps on 200 validation problems, and the last, after step 2,400, on the 600 test problems.
 
 # %%
 curve = [row for row in STORED["rows"] if row["part"] == "arithmetic"]
@@ -1073,7 +1076,9 @@ plt.show()
 assert curve[-2]["right"] > curve[0]["right"]
 
 # %% [markdown]
-# SUMSEND
+# It learns: more than half of the test problems, with the whole interval far above the best rival, and the curve still rises where the run ends. But we had predicted more, 60 % in all and 30 % in the new wordings, and both are missed. Products are the worst but for one, as their table is the largest; comparisons are not the best on the test, because half of their lost points are in the one sentence of the "fuller bag", a word that no training sentence has.
+#
+# The two numbers of the last line are the lesson. Three problems in four are right when the sentence is known, one in nine when it is not (on the validation wordings it was a quarter). The sums are learnt; *which* sum a new sentence asks for is hardly learnt from twelve sentences. With four, it was one in seventy. So a mix needs variety of problems more than a number of problems, and the coming 60-minute run should not expect its arithmetic share to make it read. It may expect it to calculate: this run read 2.4 million tokens, and all of it was one kind.
 
 # %% [markdown]
 # ## 8 · What is in a pile without labels?

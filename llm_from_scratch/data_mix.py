@@ -530,6 +530,8 @@ def _check_mix(mix: "MixedBatches") -> None:
         values = np.array(list(weights.values()), float)
         if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
             raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
+    if mix.context < 1:
+        raise ValueError(f"context must be at least 1 token, got {mix.context}")
     for name, file in mix.sources.items():
         if len(file.ids) <= mix.context:
             raise ValueError(f"{name} has {len(file.ids)} tokens; context={mix.context} needs more")
@@ -605,17 +607,18 @@ class MixedBatches(RowPlan):
     def __post_init__(self):
         _check_mix(self)
         super().__post_init__()
+        object.__setattr__(self, "_files", tuple(self.sources.values()))
         object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
 
     def _order(self, source: int, epoch: int) -> Int[np.ndarray, " M"]:
         """Where the windows of a source's epoch start, in the order of visiting."""
         random = np.random.default_rng([self.seed, 1, source, epoch])
-        count = len(list(self.sources.values())[source].ids) // self.context
+        count = len(self._files[source].ids) // self.context
         return random.integers(self.context) + self.context * random.permutation(count)
 
     def window(self, source: int, number: int) -> Int[np.ndarray, " T+1"]:
         """The ids of the row that is number `number` of all that a source ever gives, and the next id."""
-        ids = list(self.sources.values())[source].ids
+        ids = self._files[source].ids
         epoch, at = divmod(number, len(ids) // self.context)
         start = self.order(source, epoch)[at]
         return ids[(start + np.arange(self.context + 1)) % len(ids)]
@@ -629,7 +632,7 @@ class MixedBatches(RowPlan):
             if i in mine:
                 row = self.window(source, counts[source]).astype(np.int32)
                 rows.append(row)
-                segments.append(np.cumsum(row == list(self.sources.values())[source].bos))
+                segments.append(np.cumsum(row == self._files[source].bos))
             counts[source] += 1
         tokens, segments = np.stack(rows), np.stack(segments).astype(np.int32)
         targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
@@ -637,7 +640,7 @@ class MixedBatches(RowPlan):
 
     def unique(self, source: int, rows: int) -> int:
         """How many different tokens are in the first rows of a source, counted one by one."""
-        size = len(list(self.sources.values())[source].ids)
+        size = len(self._files[source].ids)
         seen, windows = np.zeros(size, bool), size // self.context
         for epoch, first in enumerate(range(0, rows, windows)):
             starts = self.order(source, epoch)[: rows - first]

@@ -246,6 +246,7 @@ def test_windows_targets_and_epochs(files):
         ({"batch": 3, "hosts": 2}, "split evenly"),
         ({"host": 1}, "host=1"),
         ({"context": 10_000}, "needs more"),
+        ({"context": 0}, "at least 1 token"),
     ],
 )
 def test_batches_that_cannot_be(files, options, message):

@@ -264,12 +264,17 @@ def sums_row(arm, seed):
     if upto == c["steps"]:  # the finished model works on the test problems
         problems = arithmetic(600, "test")
     right = np.array(answered(model, problems))
+    new = np.array([p.new_wording for p in problems])
     row = {"problems": len(problems), "right": int(right.sum())}
+    row |= {"n new": int(new.sum()), "right new": int(right[new].sum())}
     for sign in "+-*<":
         of = np.array([p.operation == sign for p in problems])
         row |= {f"n {sign}": int(of.sum()), f"right {sign}": int(right[of].sum())}
-    new = np.array([p.new_wording for p in problems])
-    return row | {"n new": int(new.sum()), "right new": int(right[new].sum())}
+        row |= {
+            f"n new {sign}": int((of & new).sum()),
+            f"right new {sign}": int(right[of & new].sum()),
+        }
+    return row
 
 
 PARTS = {
