@@ -83,7 +83,6 @@ _PUBLIC = {
     "make_optimizer": "pretraining",
     "mini_llama": "pretraining",
     "minilm_path": "bert",
-    "mix_files": "data_mix",
     "mix_of_kinds": "data_mix",
     "mix_tokenizer": "data_mix",
     "model_bits_per_byte": "pretraining",

@@ -266,6 +266,8 @@ _WORDINGS |= {
         "Two bags hold {a} and {b} {things}. How many are in the fuller bag?",
     ),
 }
+
+
 _STEPS = {
     "+": addition_steps,
     "-": subtraction_steps,
@@ -378,18 +380,6 @@ PAPER_MIX = {
 }
 
 
-def mix_of_kinds(shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the four kinds → of the sources; each kind is divided as in `PAPER_MIX`.
-
-    Raises ValueError for an unknown kind.
-    """
-    if unknown := sorted(shares.keys() - set(KINDS)):
-        raise ValueError(f"no kind {unknown}; there are {', '.join(KINDS)}")
-    of = {name: SOURCES[name].kind for name in PAPER_MIX}
-    total = {kind: sum(p for name, p in PAPER_MIX.items() if of[name] == kind) for kind in KINDS}
-    return {name: shares.get(of[name], 0.0) * p / total[of[name]] for name, p in PAPER_MIX.items()}
-
-
 def source_documents(name: str, split: str = "train") -> tuple[str, ...]:
     """The documents of a source of `SOURCES` in a split, exact copies removed.
 
@@ -402,6 +392,18 @@ def source_documents(name: str, split: str = "train") -> tuple[str, ...]:
             f"{name!r}, {split!r}"
         )
     return tuple(dict.fromkeys(SOURCES[name].documents(split)))
+
+
+def mix_of_kinds(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the four kinds → of the sources; each kind is divided as in `PAPER_MIX`.
+
+    Raises ValueError for an unknown kind.
+    """
+    if unknown := sorted(shares.keys() - set(KINDS)):
+        raise ValueError(f"no kind {unknown}; there are {', '.join(KINDS)}")
+    of = {name: SOURCES[name].kind for name in PAPER_MIX}
+    total = {kind: sum(p for name, p in PAPER_MIX.items() if of[name] == kind) for kind in KINDS}
+    return {name: shares.get(of[name], 0.0) * p / total[of[name]] for name, p in PAPER_MIX.items()}
 
 
 def byte_sample(texts: Sequence[str], size: int, seed: int = 0) -> list[str]:
@@ -542,6 +544,18 @@ def _check_mix(mix: "MixedBatches") -> None:
         )
 
 
+def _unique(mix: "MixedBatches", source: int, rows: int) -> int:
+    """How many different tokens are in the first rows of a source, counted one by one."""
+    size = len(list(mix.sources.values())[source].ids)
+    seen, windows = np.zeros(size, bool), size // mix.context
+    for epoch, first in enumerate(range(0, rows, windows)):
+        starts = mix.order(source, epoch)[: rows - first]
+        seen[(starts[:, None] + np.arange(mix.context)) % size] = True
+        if seen.all():
+            break
+    return int(seen.sum())
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Which source gives each row of every batch; fields as of `MixedBatches`, which adds the tokens."""
@@ -638,17 +652,6 @@ class MixedBatches(RowPlan):
         targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
         return {"tokens": tokens[:, :-1], "targets": targets, "segments": segments[:, :-1]}
 
-    def unique(self, source: int, rows: int) -> int:
-        """How many different tokens are in the first rows of a source, counted one by one."""
-        size = len(self._files[source].ids)
-        seen, windows = np.zeros(size, bool), size // self.context
-        for epoch, first in enumerate(range(0, rows, windows)):
-            starts = self.order(source, epoch)[: rows - first]
-            seen[(starts[:, None] + np.arange(self.context)) % size] = True
-            if seen.all():
-                break
-        return int(seen.sum())
-
     def report(self, cursor: int) -> dict[str, dict[str, float]]:
         """What batches 0 … cursor − 1 read of each source: tokens, share, unique tokens, epochs."""
         rows = self.rows_before(cursor)
@@ -656,7 +659,7 @@ class MixedBatches(RowPlan):
             name: {
                 "tokens": int(n * self.context),
                 "share": float(n / max(1, rows.sum())),
-                "unique": self.unique(i, int(n)),
+                "unique": _unique(self, i, int(n)),
                 "epochs": float(n * self.context / len(self.sources[name].ids)),
             }
             for i, (name, n) in enumerate(zip(self.sources, rows, strict=True))
