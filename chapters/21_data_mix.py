@@ -595,7 +595,7 @@ for name in SOURCES:
     print(f"{name:10} {100 * known:5.1f} % of {len(lines):6,} long lines are in the training text")
 
 # %% [markdown]
-# LINESEND
+# One long line in nine of the code and one in eleven of the documentation are known: parameters that are described in the same words, licence headers, imports. Whole files were held out, yet their authors repeat themselves. So our bits per byte on code and documentation are a little flattered. The comparisons below less so, since all their arms are measured on the same text; but an arm that reads more code meets more of its lines. The Folio's twins of the validation plays do not leak into them: no long line agrees.
 #
 # ## 4 · One tokenizer for all
 #
@@ -666,7 +666,7 @@ print([tokenizer.decode([i]) for i in tokenizer.encode("473 + 58 is 531")])
 print([tokenizer.decode([i]) for i in tokenizer.encode(LINE)])
 
 # %% [markdown]
-# MOSTLYRIGHT
+# Mostly right: only plays and poems lose, and the Folio by a hair, which we had not said. Wrong on the best: documentation is cut into the longest tokens of the mix's tokenizer but for the plays and their kin, and code only next. Arithmetic has the shortest, as we chose: 473 is `4`, `7`, `3`.
 #
 # ## 5 · The sampler
 #
@@ -957,7 +957,7 @@ print(f"chi² against the shares: p = {p_value:.2f}")
 assert p_value > 0.01
 
 # %% [markdown]
-# EPOCHS The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the two small languages is read more than about once. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs hardly change the loss, compared with unique text, and that with more repetition the value of more compute decays to zero.
+# Both as predicted. The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the two small languages is read more than about once. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs hardly change the loss, compared with unique text, and that with more repetition the value of more compute decays to zero.
 # Our first mix gave all eight per cent to the Latin, which was then read 29 times: by heart, not with understanding. Eight per cent of 15 trillion tokens are more than a trillion; we have 60,000. Exercise 1 computes what a longer run can afford.
 #
 # Next: stopping. A run that is stopped after 20 steps and goes on must see what an unstopped run sees. A fresh object, asked for a late batch only, must return the same as one that was asked for all in order. And two *hosts*, machines that train one model together, must get disjoint halves of it, in the same order.
@@ -1302,14 +1302,15 @@ ax.set_yticks(
     [3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 3.6], ["3.0", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6"]
 )
 ax.set_xticks(list(size.values()), [f"{n / 1000:.0f}K" for n in size.values()])
+ax.set_ylim(2.9, 3.65)
 ax.minorticks_off()
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, ncols=4, loc="lower center")
 plt.show()
 spread = np.mean([score(f"{name} 96").std(ddof=1) for name in MIXES])
 print(f"standard deviation over seeds at width 96: {spread:.2f}")
 
 # %% [markdown]
-# The plot: each mix at three sizes, its seeds as dashes, the forecasts dotted. *General* is the worst at every size, by far: it has 8 % of mathematics, and mathematics is a quarter of the score. The other three are nearer to each other. *Code* falls faster from 48 to 96 than from 32 to 48, so its forecast is too high.
+# The plot: each mix at three sizes, its seeds as dashes, the forecasts dotted. *General* is the worst at every size, by far: it has 8 % of mathematics, and mathematics is a quarter of the score. The other three are nearer to each other. All four fall faster from 48 to 96 than from 32 to 48, so every forecast is too high, and that of *mathematics* the most. Width 32 had the highest rate for its size, so its points may be too good for a line through all three.
 
 # %%
 #| claim L013
@@ -1520,10 +1521,10 @@ def capped(mix: dict[str, float], unique: dict[str, int], tokens: int) -> dict[s
 
 
 unique = {name: len(file.ids) for name, file in mix.items()}
-shares = capped(PAPER_MIX, unique, 2_000_000)
+shares = capped(PAPER_MIX, unique, 6_000_000)
 print({name: round(share, 3) for name, share in shares.items()})
 assert abs(sum(shares.values()) - 1) < 1e-9
-assert all(shares[n] * 2_000_000 <= 4 * unique[n] + 1e-6 for n in shares)
+assert all(shares[n] * 6_000_000 <= 4 * unique[n] + 1e-6 for n in shares)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution 2
