@@ -1302,8 +1302,9 @@ ax.set_yticks(
     [3.0, 3.1, 3.2, 3.3, 3.4, 3.5, 3.6], ["3.0", "3.1", "3.2", "3.3", "3.4", "3.5", "3.6"]
 )
 ax.set_xticks(list(size.values()), [f"{n / 1000:.0f}K" for n in size.values()])
+ax.set_ylim(2.9, 3.65)
 ax.minorticks_off()
-ax.legend(fontsize=8)
+ax.legend(fontsize=8, ncols=4, loc="lower center")
 plt.show()
 spread = np.mean([score(f"{name} 96").std(ddof=1) for name in MIXES])
 print(f"standard deviation over seeds at width 96: {spread:.2f}")
@@ -1520,10 +1521,10 @@ def capped(mix: dict[str, float], unique: dict[str, int], tokens: int) -> dict[s
 
 
 unique = {name: len(file.ids) for name, file in mix.items()}
-shares = capped(PAPER_MIX, unique, 2_000_000)
+shares = capped(PAPER_MIX, unique, 6_000_000)
 print({name: round(share, 3) for name, share in shares.items()})
 assert abs(sum(shares.values()) - 1) < 1e-9
-assert all(shares[n] * 2_000_000 <= 4 * unique[n] + 1e-6 for n in shares)
+assert all(shares[n] * 6_000_000 <= 4 * unique[n] + 1e-6 for n in shares)
 
 # %% tags=["solution"] jupyter={"source_hidden": true}
 # Solution 2
