@@ -84,7 +84,7 @@ print(f"{len(STORED['rows'])} stored runs, made by: {STORED['command']}")
 # ## 1 · What is there to read?
 #
 # The paper's 15 trillion tokens come from the web. Ours must already lie on the disk, exactly pinned, so that everybody trains on the same bytes. The course has used some of it: plays, poems, the Folio, Latin. But the largest text that a Python environment carries is one that nobody thinks of as text: its *documentation*. The docstrings of NumPy, SciPy and
-# Matplotlib, the texts at the head of their functions, are nine million characters of modern technical English, twice as much as Shakespeare's plays.
+# Matplotlib, the texts at the head of their functions, are almost eight million characters of modern technical English, half as much again as Shakespeare's plays.
 #
 # Two rules keep the books honest. A file is pinned by the version of its package, and another version is an error, not a warning: a changed corpus is a changed experiment. And the packages that give documentation give no code, so that no docstring is counted twice.
 
