@@ -117,19 +117,177 @@ def plan_schedules(rows: list[dict]) -> list[dict]:
     grid = [(schedule, rate, TUNING) for schedule in SCHEDULES for rate in RATES]
     best = {(s, best_rate(rows, s, weights)) for s in SCHEDULES for weights in ("last", "mean")}
     grid += [
-        (s, rate, seed)
-        for s in SCHEDULES
-        for rate in RATES
-        for seed in SEEDS
-        if (s, rate) in best
+        (s, rate, seed) for s in SCHEDULES for rate in RATES for seed in SEEDS if (s, rate) in best
     ]
     return [{"schedule": s, "rate": rate, "seed": seed} for s, rate, seed in grid]
+
+
+# Sums in the anneal ------------------------------------------------------------------------------
+
+BASE_STEPS, ANNEAL, SHARE = 800, 240, 0.3
+BASE_MIX = {"plays": 0.95, "sums": 0.05}
+ANNEALS = {  # what the last 240 steps read: (extra, its share)
+    "unchanged": ({"sums": 1.0}, 0.0),
+    "plays only": ({"plays": 1.0}, 1.0),
+    "up-sampled": ({"sums": 1.0}, SHARE),
+}
+UPSAMPLE_SEEDS = (0, 1, 2, 3, 4)
+
+
+def pairs(split: str) -> list[tuple[int, int]]:
+    """Operands below 100, by chapter 21's hash of the unordered pair: no sum is in two splits."""
+    every = [(a, b) for a in range(100) for b in range(100)]
+    return [p for p in every if hashed_split(f"+ {min(p)} {max(p)}") == split]
+
+
+@functools.cache
+def sums() -> TokenFile:
+    """4,000 documents of eight sums each, with operands of the training split."""
+    chooser, known = random.Random(0), pairs("train")
+    lines = [[chooser.choice(known) for _ in range(8)] for _ in range(4000)]
+    return written("sums", ["".join(f"{a}+{b}={a + b}\n" for a, b in text) for text in lines])
+
+
+def exact_match(model: Llama) -> float:
+    """The per cent of 200 held-out sums whose every digit the model finds by greedy decoding."""
+    asked = random.Random(1).sample(pairs("test"), 200)
+    items = [Item(f"{a}+{b}=", (f"{a + b}\n",), 0) for a, b in asked]
+    return round(100 * float(multiple_choice(model, BYTES, items).greedy.mean()), 2)
+
+
+def go_on(path: Path, name: str, size: str, seed: int, batches, rate: float, steps: tuple):
+    """Go on from a copy of a run's folder for the rest of `steps`, annealed; the last state."""
+    copy = path.with_name(f"{path.name}-{name.replace(' ', '-')}")
+    shutil.copytree(path, copy)
+    optimizer = calm(rate, sum(steps), steps[1])
+    model = Llama(SIZES[size], key=jax.random.key(seed))
+    options = {"steps": sum(steps), "seed": seed, "directory": copy}
+    state, _ = fit(model, next_token_loss, batches, optimizer, **options)
+    shutil.rmtree(copy)
+    return state
+
+
+def calm(rate: float, steps: int, anneal: int):
+    """A constant rate after the warm-up, annealed at the end."""
+    optimizer = make_optimizer(steps=steps, peak=rate, warmup=WARMUP, floor=1.0)
+    return annealed(optimizer, steps=steps, anneal=anneal)
+
+
+def half_trained(size: str, seed: int, batches, rate: float, steps: tuple) -> Path:
+    """The folder of a run of steps[0] steps at a constant rate, of which steps[1] are still to come."""
+    path = folder() / f"base-{size}-{seed}"
+    shutil.rmtree(path, ignore_errors=True)
+    model, optimizer = (
+        Llama(SIZES[size], key=jax.random.key(seed)),
+        calm(rate, sum(steps), steps[1]),
+    )
+    options = {"steps": steps[0], "seed": seed, "directory": path}
+    fit(model, next_token_loss, batches, optimizer, **options)
+    return path
+
+
+def upsample_row(size: str, seed: int) -> dict:
+    """One base model and its three anneals: exact match on held-out sums, bits per byte on the plays."""
+    files, steps = {"plays": source("plays"), "sums": sums()}, (BASE_STEPS, ANNEAL)
+    rate, row, path = {"small": 0.004, "large": 0.003}[size], {}, None
+    for name, (extra, share) in ANNEALS.items():
+        schedule = anneal_mix(BASE_MIX, extra, share=share, steps=sum(steps), anneal=ANNEAL)
+        batches = MixedBatches(files, schedule, BATCH, CONTEXT, seed)
+        path = path or half_trained(size, seed, batches, rate, steps)
+        state = go_on(path, name, size, seed, batches, rate, steps)
+        plays = bits(state.model, play_excerpts())
+        row[name] = {"exact_match": exact_match(state.model), "plays": plays}
+    return row
+
+
+def plan_upsample(rows: list[dict]) -> list[dict]:
+    return [{"size": size, "seed": seed} for size in SIZES for seed in UPSAMPLE_SEEDS]
+
+
+# The value of a data set ---------------------------------------------------------------------------
+
+VALUE_STEPS = (
+    400,
+    160,
+)  # trained before, then annealed: half of the 800 of a full run, and a fifth
+FULL_STEPS, VALUE_RATE, NOISE = 800, 0.004, 0.1
+DEFAULT = {"plays": 0.75, "docs": 0.25}
+CANDIDATES = ("good", "noisy", "duplicated", "off-domain", "garbage")  # from best to worst
+VALUE_SEEDS, SCRATCH_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+
+
+@functools.cache
+def candidate(name: str) -> TokenFile:
+    """A data set of 300 KB for a model that should learn Python, of a quality known by construction."""
+    draw, printable = np.random.default_rng(24), np.arange(32, 127, dtype=np.uint8)
+    chooser, texts = random.Random(24), list(source_documents("code"))
+    code = "".join(chooser.sample(texts, 40)).encode("ascii", "ignore")[:300_000]
+    data = np.frombuffer(code, np.uint8).copy()
+    if name == "noisy":
+        hit = draw.random(len(data)) < NOISE
+        data[hit] = draw.choice(printable, hit.sum())
+    elif name == "duplicated":
+        data = np.resize(data[10_000:12_000], len(data))
+    elif name == "off-domain":
+        data = np.frombuffer("".join(source_documents("poems")).encode()[: len(data)], np.uint8)
+    elif name == "garbage":
+        data = draw.choice(printable, len(data))
+    return written(f"candidate-{name}", [data.tobytes().decode(errors="ignore")])
+
+
+@functools.cache
+def benchmark() -> list[str]:
+    """The beginnings of eight held-out files of Python, 16 KB in all."""
+    return [text[:2_000] for text in source_documents("code", "validation")[:8]]
+
+
+def value_batches(name: str, seed: int, share: float, steps: int, anneal: int) -> MixedBatches:
+    """The default mix, and in the anneal a share of the candidate ("none": of nothing)."""
+    files = {source_name: source(source_name) for source_name in DEFAULT}
+    extra = DEFAULT if name == "none" else {name: 1.0}
+    files |= {} if name == "none" else {name: candidate(name)}
+    schedule = anneal_mix(DEFAULT, extra, share=share, steps=steps, anneal=anneal)
+    return MixedBatches(files, schedule, BATCH, CONTEXT, seed)
+
+
+def value_row(seed: int) -> dict:
+    """One half-trained model, annealed on 30 % of each candidate: bits per byte of held-out Python."""
+    row, path, total = {}, None, sum(VALUE_STEPS)
+    for name in ("none", *CANDIDATES):
+        batches = value_batches(name, seed, SHARE, total, VALUE_STEPS[1])
+        path = path or half_trained("small", seed, batches, VALUE_RATE, VALUE_STEPS)
+        state = go_on(path, name, "small", seed, batches, VALUE_RATE, VALUE_STEPS)
+        row[name] = bits(state.model, benchmark())
+    return row
+
+
+def scratch_row(seed: int) -> dict:
+    """The same candidates by full runs, 30 % of the candidate from the first step on."""
+    row = {}
+    for name in ("none", *CANDIDATES):
+        batches = value_batches(name, seed, SHARE, FULL_STEPS, FULL_STEPS)
+        model = Llama(SIZES["small"], key=jax.random.key(seed))
+        optimizer = calm(VALUE_RATE, FULL_STEPS, VALUE_STEPS[1])
+        state, _ = fit(model, next_token_loss, batches, optimizer, steps=FULL_STEPS, seed=seed)
+        row[name] = bits(state.model, benchmark())
+    return row
+
+
+def plan_value(rows: list[dict]) -> list[dict]:
+    return [{"seed": seed} for seed in VALUE_SEEDS]
+
+
+def plan_scratch(rows: list[dict]) -> list[dict]:
+    return [{"seed": seed} for seed in SCRATCH_SEEDS]
 
 
 # The command -------------------------------------------------------------------------------------
 
 PARTS = {
     "schedules": (plan_schedules, schedules_row),
+    "upsample": (plan_upsample, upsample_row),
+    "value": (plan_value, value_row),
+    "scratch": (plan_scratch, scratch_row),
 }
 
 
@@ -162,9 +320,7 @@ def main() -> None:
     for part in parts:
         plan, make = PARTS[part]
         # the plan grows while its rows are made
-        while missing := [
-            w for w in plan(stored()) if find(stored(), {"part": part} | w) is None
-        ]:
+        while missing := [w for w in plan(stored()) if find(stored(), {"part": part} | w) is None]:
             row = {"part": part} | missing[0] | make(**missing[0])
             save(sorted([*stored(), row], key=lambda row: list(PARTS).index(row["part"])))
             print(row, flush=True)
