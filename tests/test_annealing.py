@@ -1,0 +1,343 @@
+"""Chapter 24: the anneal, the mix and the averages against closed forms and NumPy, and the stored runs."""
+
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llm_from_scratch.annealing import (
+    anneal_mix,
+    annealed,
+    average_checkpoints,
+    averaged,
+    averaged_model,
+    mean_weights,
+)
+from llm_from_scratch.data_mix import MixedBatches, TokenFile
+from llm_from_scratch.pretraining import make_optimizer, skip_spikes
+from llm_from_scratch.training import TrainState, checkpoints, fit, train_state
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import annealing_runs
+
+
+class Line(eqx.Module):
+    """A tiny model with two weights of different shapes and a leaf that is none."""
+
+    w: jax.Array
+    b: jax.Array
+    n: jax.Array
+
+    def __init__(self, value=0.0, dtype=jnp.float32):
+        self.w, self.b = jnp.full((2, 3), value, dtype), jnp.full(3, value, dtype)
+        self.n = jnp.array(7, jnp.int32)
+
+
+def loss(model, batch, key):
+    return jnp.mean((batch["x"] @ model.w + model.b[None] - batch["y"]) ** 2)
+
+
+def batches(cursor):
+    x, y = np.split(np.random.default_rng(cursor).normal(size=(4, 5)).astype(np.float32), [2], 1)
+    return {"x": x, "y": y}
+
+
+def equal(a, b):
+    same = jax.tree.map(lambda x, y: bool((x == y).all()) and x.dtype == y.dtype, a, b)
+    return all(jax.tree.leaves(same))
+
+
+def updates_of(optimizer, n, params=None):
+    """The first n updates of one scalar weight under a gradient of 1."""
+    params = jnp.ones(()) if params is None else params
+    state, found = optimizer.init(params), []
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(n):
+            update, state = optimizer.update(jnp.ones(()), state, params)
+            found.append(float(update))
+    return np.array(found)
+
+
+# The rate ------------------------------------------------------------------------------------------
+
+
+def test_rate_falls_linearly_to_zero():
+    found = -updates_of(annealed(optax.sgd(0.5), steps=10, anneal=5), 13)
+    wanted = 0.5 * np.array([1] * 5 + [1.0, 0.8, 0.6, 0.4, 0.2] + [0] * 3)
+    np.testing.assert_allclose(found, wanted, atol=1e-7)
+
+
+def test_anneal_of_a_cosine_is_the_product_of_both():
+    options = {"steps": 10, "peak": 1e-2, "warmup": 2, "clip": 1e9}
+    plain = updates_of(make_optimizer(**options), 10)
+    found = updates_of(annealed(make_optimizer(**options), steps=10, anneal=4), 10)
+    factor = np.minimum(1, (10 - np.arange(10)) / 4)
+    np.testing.assert_allclose(found, plain * factor, rtol=1e-5, atol=1e-9)
+
+
+def test_decay_is_annealed_too():
+    # without a gradient AdamW only decays: w shrinks by rate * decay * factor
+    optimizer = annealed(optax.adamw(0.1, weight_decay=0.5), steps=4, anneal=4)
+    params = jnp.full((), 2.0)
+    state, found = optimizer.init(params), []
+    for _ in range(4):
+        update, state = optimizer.update(jnp.zeros(()), state, params)
+        found.append(float(update))
+    np.testing.assert_allclose(found, -0.1 * 0.5 * 2.0 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-6)
+
+
+def test_a_constant_run_may_be_annealed_from_its_checkpoint(tmp_path):
+    constant = annealed(optax.adam(0.1), steps=20, anneal=1)
+    fit(Line(), loss, batches, constant, steps=6, directory=tmp_path)
+    ending = annealed(optax.adam(0.1), steps=10, anneal=4)
+    resumed, _ = fit(Line(), loss, batches, ending, steps=10, directory=tmp_path)
+    whole, _ = fit(Line(), loss, batches, ending, steps=10)
+    assert equal(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize(("steps", "anneal"), [(4, 0), (4, 5), (0, 0), (4, -1)])
+def test_bad_anneal(steps, anneal):
+    with pytest.raises(ValueError, match=f"1 <= anneal <= steps.*anneal={anneal}, steps={steps}"):
+        annealed(optax.sgd(1.0), steps=steps, anneal=anneal)
+
+
+# The mix -------------------------------------------------------------------------------------------
+
+
+def test_mix_switches_when_the_rate_begins_to_fall():
+    """Through `fit`, with accumulation: the first batch of the new mix is that of the first lower rate."""
+    steps, anneal, accumulate = 6, 2, 3
+    schedule = anneal_mix(
+        {"a": 1.0}, {"b": 1.0}, share=1.0, steps=steps, anneal=anneal, accumulate=accumulate
+    )
+    files = {name: TokenFile(np.full(100, i, np.uint16), bos=9) for i, name in enumerate("ab")}
+    mixed = MixedBatches(files, schedule, batch=2, context=4)
+    seen = [int(mixed(cursor)["tokens"].max()) for cursor in range(steps * accumulate)]
+    first = seen.index(1)
+    assert seen == [0] * first + [1] * (len(seen) - first)
+    rates = -updates_of(annealed(optax.sgd(1.0), steps=steps, anneal=anneal), steps)
+    assert first // accumulate == np.flatnonzero(rates < 1)[0] - 1 == steps - anneal
+    assert first % accumulate == 0
+
+
+def test_shares_add_up_and_are_of_the_normalised_mixes():
+    schedule = anneal_mix({"a": 3, "b": 1}, {"b": 2, "c": 2}, share=0.4, steps=10, anneal=3)
+    assert schedule[0] == (0, {"a": 3, "b": 1}) and schedule[1][0] == 7
+    found = schedule[1][1]
+    assert found == pytest.approx({"a": 0.45, "b": 0.35, "c": 0.2})
+
+
+def test_an_anneal_over_the_whole_run_is_one_entry():
+    assert anneal_mix({"a": 1}, {"b": 1}, share=0.5, steps=4, anneal=4) == [
+        (0, {"a": 0.5, "b": 0.5})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"share": 1.5}, "share=1.5"),
+        ({"anneal": 11}, "anneal=11"),
+        ({"anneal": 0}, "anneal=0"),
+        ({"accumulate": 0}, "accumulate=0"),
+        ({"extra": {"b": 0.0}}, "add up to > 0"),
+        ({"mix": {}}, "add up to > 0"),
+    ],
+)
+def test_bad_mix(change, message):
+    options = {"mix": {"a": 1}, "extra": {"b": 1}, "share": 0.3, "steps": 10, "anneal": 2} | change
+    mix, extra = options.pop("mix"), options.pop("extra")
+    with pytest.raises(ValueError, match=message):
+        anneal_mix(mix, extra, **options)
+
+
+# The average ---------------------------------------------------------------------------------------
+
+
+def trained(optimizer, steps, **options):
+    """A run whose weights after every step are kept as NumPy arrays, in fp64."""
+    kept = []
+
+    def keep(model):
+        kept.append(np.array(model.w, np.float64))
+        return {}
+
+    state, _ = fit(
+        Line(0.1), loss, batches, optimizer, steps=steps, evaluate=keep, eval_every=1, **options
+    )
+    return state, kept
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (4, 1), (3, 2), (0, 5)])
+def test_average_is_numpys(start, every):
+    state, kept = trained(averaged(optax.adam(0.05), start=start, every=every), 12)
+    wanted = np.mean(kept[start + every - 1 :: every], axis=0)
+    np.testing.assert_allclose(averaged_model(state).w, wanted, rtol=1e-6, atol=1e-8)
+    assert int(state.opt_state["taken"]) == (12 - start) // every
+    assert int(averaged_model(state).n) == 7
+
+
+def test_averaging_does_not_change_the_training():
+    plain, _ = trained(optax.adam(0.05), 8)
+    watched, _ = trained(averaged(optax.adam(0.05), start=2), 8)
+    assert equal(plain.model, watched.model)
+
+
+def test_the_mean_of_one_is_the_last_weights():
+    state, _ = trained(averaged(optax.adam(0.05), start=7), 8)
+    assert equal(averaged_model(state), state.model)
+
+
+def test_average_survives_a_stop(tmp_path):
+    optimizer = averaged(annealed(optax.adam(0.05), steps=9, anneal=4), start=3)
+    whole, _ = trained(optimizer, 9)
+    trained(optimizer, 5, directory=tmp_path)
+    resumed, _ = trained(optimizer, 9, directory=tmp_path)
+    assert equal(averaged_model(whole), averaged_model(resumed))
+
+
+def test_wraps_a_guard():
+    optimizer = averaged(annealed(skip_spikes(optax.adam(0.05)), steps=6, anneal=2))
+    state, kept = trained(optimizer, 6)
+    np.testing.assert_allclose(averaged_model(state).w, np.mean(kept, axis=0), rtol=1e-6, atol=1e-8)
+
+
+def test_mean_is_kept_in_fp32_for_narrow_weights():
+    optimizer = averaged(optax.sgd(0.0))
+    state = train_state(Line(1.0, jnp.bfloat16), optimizer)
+    assert state.opt_state["average"].w.dtype == jnp.float32
+    # weights that alternate between 1 and 1 + 2⁻⁷, the next bf16 number: a bf16 mean of 1,000 stands still
+    memory, params, mean = state.opt_state, eqx.filter(state.model, eqx.is_inexact_array), 0.0
+    update = jax.jit(optimizer.update)
+    for i in range(1000):
+        params = jax.tree.map(lambda w, i=i: jnp.full_like(w, 1 + (i >= 500) / 128), params)
+        _, memory = update(jax.tree.map(jnp.zeros_like, params), memory, params)
+        mean += (1 + (i >= 500) / 128) / 1000
+    np.testing.assert_allclose(memory["average"].w, mean, rtol=1e-6)
+    read = averaged_model(TrainState(state.model, memory, state.step, state.cursor))
+    assert read.w.dtype == jnp.bfloat16
+
+
+def test_errors_of_the_average():
+    with pytest.raises(ValueError, match="start=-1"):
+        averaged(optax.sgd(1.0), start=-1)
+    with pytest.raises(ValueError, match="every=0"):
+        averaged(optax.sgd(1.0), every=0)
+    early, _ = trained(averaged(optax.sgd(0.1), start=5), 3)
+    with pytest.raises(ValueError, match="no weights averaged yet, after 3 updates"):
+        averaged_model(early)
+    for inner in (optax.sgd(0.1), annealed(averaged(optax.sgd(0.1)), steps=3, anneal=1)):
+        state, _ = trained(inner, 3)
+        with pytest.raises(ValueError, match="keeps no average"):
+            averaged_model(state)
+    optimizer = averaged(optax.sgd(0.1))
+    with pytest.raises(ValueError, match="needs the weights"):
+        optimizer.update(jnp.ones(()), optimizer.init(jnp.ones(())))
+
+
+def test_mean_weights_is_numpys_in_any_order():
+    draw = np.random.default_rng(0)
+    models = [
+        eqx.tree_at(lambda m: m.w, Line(), jnp.asarray(draw.normal(size=(2, 3)), jnp.float32))
+        for _ in range(7)
+    ]
+    wanted = np.mean([np.asarray(m.w, np.float64) for m in models], 0).astype(np.float32)
+    assert np.array_equal(mean_weights(models).w, wanted)
+    assert equal(mean_weights(iter(models)), mean_weights(models[::-1]))
+    assert equal(mean_weights(models[:1]), models[0])
+
+
+def test_mean_weights_keeps_the_dtype():
+    found = mean_weights([Line(1.0, jnp.bfloat16), Line(2.0, jnp.bfloat16)])
+    assert found.w.dtype == jnp.bfloat16 and float(found.w[0, 0]) == 1.5
+
+
+def test_bad_models():
+    with pytest.raises(ValueError, match="at least one model"):
+        mean_weights([])
+    other = eqx.tree_at(lambda m: m.w, Line(), jnp.zeros((3, 3)))
+    with pytest.raises(ValueError, match="model 1 has weights of other shapes"):
+        mean_weights([Line(), other])
+
+
+def test_checkpoints_of_fit_are_averaged(tmp_path):
+    state, kept = trained(optax.adam(0.05), 6, directory=tmp_path, checkpoint_every=2)
+    paths = checkpoints(tmp_path)
+    assert [path.name for path in paths] == ["step-00000004", "step-00000006"]
+    found = average_checkpoints(paths, state)
+    wanted = np.mean([kept[3], kept[5]], 0).astype(np.float32)
+    assert np.array_equal(found.w, wanted)
+
+
+def test_damaged_and_missing_checkpoints_are_named(tmp_path):
+    state, _ = trained(optax.adam(0.05), 2, directory=tmp_path)
+    (path,) = checkpoints(tmp_path)
+    with pytest.raises(OSError, match="step-00000009"):
+        average_checkpoints([path, tmp_path / "step-00000009"], state)
+    with pytest.raises(ValueError, match="at least one"):
+        average_checkpoints([], state)
+    data = bytearray((path / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "state.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"step-00000002.*SHA-256"):
+        average_checkpoints([path], state)
+
+
+def test_variance_of_the_mean_is_polyaks():
+    """Averaged SGD through these wrappers on ½hθ²: the variance of the mean is near σ²/(h² n)."""
+    h, rate, n, copies = 2.0, 0.2, 400, 500
+    optimizer = averaged(optax.sgd(rate), start=0)
+    params = jnp.zeros(copies)
+    state, step = optimizer.init(params), jax.jit(optimizer.update)
+    for noise in np.random.default_rng(0).normal(size=(n, copies)).astype(np.float32):
+        updates, state = step(h * params + noise, state, params)
+        params = params + updates
+    variance = float((state["average"] ** 2).mean())
+    assert variance * h**2 * n == pytest.approx(1, rel=0.2)
+    assert float((params**2).mean()) == pytest.approx(rate / (h * (2 - rate * h)), rel=0.2)
+
+
+# The runs ------------------------------------------------------------------------------------------
+
+
+def test_no_sum_is_in_two_splits():
+    split = {
+        name: {tuple(sorted(p)) for p in annealing_runs.pairs(name)} for name in ("train", "test")
+    }
+    assert not split["train"] & split["test"]
+    assert len(annealing_runs.pairs("test")) >= 200
+
+
+def test_candidates_are_what_they_are_called():
+    files = {
+        name: np.asarray(annealing_runs.candidate(name).ids) for name in annealing_runs.CANDIDATES
+    }
+    texts = {
+        name: annealing_runs.tokenizer().decode(ids[1:-1].tolist()) for name, ids in files.items()
+    }
+    good = texts["good"]
+    assert all(abs(len(text) - len(good)) < 0.2 * len(good) for text in texts.values())
+    apart = np.mean([a != b for a, b in zip(good, texts["noisy"], strict=True)])
+    assert 0.08 < apart < 0.11
+    assert (
+        texts["duplicated"][:2000] in good
+        and texts["duplicated"].count(texts["duplicated"][:2000]) > 100
+    )
+    letters = np.unique(list(texts["garbage"][:100_000]), return_counts=True)[1]
+    assert len(letters) == 95 and letters.max() < 1.3 * letters.min()
+    held_out = annealing_runs.benchmark()
+    assert not any(text[:500] in good for text in held_out)
+
+
+def test_stored_runs_are_whole():
+    rows = annealing_runs.stored()
+    for part, (plan, _) in annealing_runs.PARTS.items():
+        wanted = plan(rows)
+        found = [row for row in rows if row["part"] == part]
+        assert len(found) == len(wanted), part
+        assert all(annealing_runs.find(rows, {"part": part} | w) for w in wanted)
