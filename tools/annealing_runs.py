@@ -35,9 +35,9 @@ from llm_from_scratch.training import fit
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "annealing.json"
 COMMAND = ".venv/bin/python tools/annealing_runs.py"
 BATCH, CONTEXT, WARMUP = 8, 128, 20
-SIZES = {  # parameters: 122,176 and 353,952
+SIZES = {  # parameters: 122,176 and 252,384
     "small": LlamaConfig(512, 64, 2, 4, 2, 168, 16, tie_embeddings=True, max_seq_len=CONTEXT),
-    "large": LlamaConfig(512, 96, 3, 4, 2, 256, 24, tie_embeddings=True, max_seq_len=CONTEXT),
+    "large": LlamaConfig(512, 96, 2, 4, 2, 256, 24, tie_embeddings=True, max_seq_len=CONTEXT),
 }
 
 
