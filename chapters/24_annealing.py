@@ -336,21 +336,21 @@ def anneal_mix(
 
 
 # %%
-plan = anneal_mix({"plays": 0.95, "sums": 0.05}, {"sums": 1.0}, share=0.3, steps=1040, anneal=240)
+plan = anneal_mix({"plays": 0.95, "code": 0.05}, {"code": 1.0}, share=0.3, steps=1040, anneal=240)
 for first, mix in plan:
     print(f"from batch {first}:", {name: round(float(weight), 3) for name, weight in mix.items()})
 assert all(abs(sum(mix.values()) - 1) < 1e-12 for _, mix in plan)
 
 # %% [markdown]
-# The experiment, stored. Our "mathematics" is two-digit addition, written `23+45=68`, one sum on a line. A base model reads 95 % plays and 5 % sums for 800 steps. Then three copies go on for 240 steps with the rate falling to zero: with the mix *unchanged*; with *plays only*; *up-sampled*, with 30 % sums and 70 % of the old mix, which makes 33.5 % sums. The test is exact match on 200 sums whose pair of operands is in no training text, in either order. Two sizes, 122,000 and 252,000 weights, five seeds each, at one rate per size that we did not tune (0.004 and 0.003).
+# The experiment, stored. We wanted sums with held-out operands. In a pilot, on a seed that is not used below, neither size got more than 3 % of them right under any mix: such small models learn no addition in 1,040 steps, so there was nothing to raise. The paper names code beside mathematics; we take Python.
 #
-# The control is strict: the unchanged mix has sums, too. And all three read equally many tokens.
+# A base model reads 95 % plays and 5 % Python for 800 steps. Three copies go on for 240 steps with the rate falling to zero: with the mix *unchanged*; with *plays only*; *up-sampled*, with 30 % Python and 70 % of the old mix, which makes 33.5 %. Two benchmarks on held-out files: bits per byte, and 300 questions, which of four lines follows? (The wrong ones are lines of other files, indented alike; chance is 25 %.) Two sizes, 122,000 and 252,000 weights, five seeds each, at one rate per size that we did not tune (0.004 and 0.003). All three arms read equally many tokens, and the control has code, too.
 #
-# **Predict.** Ours, before the runs: *up-sampled* ends more than 5 points above *unchanged*, and the larger model gains more, not less. The paper's 405B gained nothing since it could do the problems already. Neither of ours can.
+# **Predict.** Ours, after the pilot showed the loss of one seed and all questions at chance, before the runs: *up-sampled* ends more than 0.3 bits per byte below *unchanged* on code, the questions stay at chance, and the larger model gains less, since it has learned more from the 5 %.
 
 
 # %%
-def scores(size: str, anneal: str, what: str = "exact_match") -> np.ndarray:
+def scores(size: str, anneal: str, what: str = "code") -> np.ndarray:
     """What a size reached after an anneal, by seed."""
     rows = [row for row in RUNS if row["part"] == "upsample" and row["size"] == size]
     return np.array([row[anneal][what] for row in sorted(rows, key=lambda row: row["seed"])])
@@ -358,23 +358,23 @@ def scores(size: str, anneal: str, what: str = "exact_match") -> np.ndarray:
 
 for size in annealing_runs.SIZES:
     for anneal in annealing_runs.ANNEALS:
-        exact, bits_of = scores(size, anneal), scores(size, anneal, "plays")
-        print(
-            f"{size} {anneal:11} {exact.mean():5.1f} % exact, plays {bits_of.mean():.3f} bits/byte"
-        )
-gains = {s: scores(s, "up-sampled") - scores(s, "unchanged") for s in annealing_runs.SIZES}
-print("large gains more by", ledger.interval(gains["large"] - gains["small"], "points", 1))
-cost = scores("small", "up-sampled", "plays") - scores("small", "unchanged", "plays")
-print("and the plays pay", ledger.interval(cost, "bits per byte"))
+        means = [scores(size, anneal, what).mean() for what in ("next_line", "code", "plays")]
+        print(f"{size} {anneal:11}", "{:.1f} % right; code {:.2f}, plays {:.2f}".format(*means))
+gains = {s: scores(s, "unchanged") - scores(s, "up-sampled") for s in annealing_runs.SIZES}
+print("code, the large model gains less by", ledger.interval(gains["small"] - gains["large"]))
+lost = scores("small", "up-sampled", "plays") - scores("small", "unchanged", "plays")
+print("the plays pay", ledger.interval(lost, "bits per byte"))
+right = scores("small", "up-sampled", "next_line") - scores("small", "unchanged", "next_line")
+print("questions", ledger.interval(right, "points", 1))
 
 # %%
 #| claim L015
-gain = ledger.interval(gains["small"], "points", 1)
-predicted = ledger.at_least(5, "points")
+gain = ledger.interval(gains["small"], "bits per byte")
+predicted = ledger.at_least(0.3, "bits per byte")
 ledger.claim(
     "L015",
     section="3.1.3",
-    claim="annealing on a mix that up-samples arithmetic raises exact match on held-out sums, against the same anneal with the mix unchanged",
+    claim="annealing on a mix that up-samples code ends with a lower loss on held-out code than the same anneal with the mix unchanged",
     predicted=predicted,
     measured=gain,
     verdict=ledger.judge(predicted, gain),
@@ -776,7 +776,7 @@ for name, found in TABLE.items():
     print(f"{name:24} {found} (bits per byte)")
 print(f"{'document mask (recall)':24} {recall}")
 for size in gains:
-    print(f"{'sums up-sampled, ' + size:24} {ledger.interval(gains[size], 'points', 1)}")
+    print(f"{'code up-sampled, ' + size:24} {ledger.interval(gains[size])} (bits per byte of code)")
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.4))
