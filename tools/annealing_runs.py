@@ -1,7 +1,7 @@
 """Make chapter 24's stored runs: schedules and averages, code in the anneal, data sets judged by an anneal, into results/annealing.json.
 
 `python tools/annealing_runs.py` makes the rows that are missing (about half an hour on one core from nothing), `--part
-NAME` one part of schedules, upsample, value, scratch; `--fresh` makes them again. Chapter 24 reads
+NAME` one part of schedules, upsample, value; `--fresh` makes them again. Chapter 24 reads
 the file and makes one row of the schedules again, drawn by a fixed rule.
 """
 
@@ -79,7 +79,7 @@ def play_excerpts() -> list[str]:
 # Schedules and averages ----------------------------------------------------------------------------
 
 STEPS, TAIL = 600, 120  # the anneal is the last fifth
-RATES = (0.002, 0.004, 0.008)
+RATES = (0.001, 0.002, 0.004)
 TUNING, SEEDS = 90, (0, 1, 2, 3, 4)
 SCHEDULES = ("constant", "cosine", "tail", "cosine + tail")
 
@@ -235,7 +235,7 @@ VALUE_STEPS = (
 FULL_STEPS, VALUE_RATE, NOISE = 800, 0.004, 0.1
 DEFAULT = {"plays": 0.75, "docs": 0.25}
 CANDIDATES = ("good", "noisy", "duplicated", "off-domain", "garbage")  # from best to worst
-VALUE_SEEDS, SCRATCH_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+VALUE_SEEDS = (0, 1, 2, 3, 4)
 
 
 @functools.cache
@@ -283,24 +283,8 @@ def value_row(seed: int) -> dict:
     return row
 
 
-def scratch_row(seed: int) -> dict:
-    """The same candidates by full runs, 30 % of the candidate from the first step on."""
-    row = {}
-    for name in ("none", *CANDIDATES):
-        batches = value_batches(name, seed, SHARE, FULL_STEPS, FULL_STEPS)
-        model = Llama(SIZES["small"], key=jax.random.key(seed))
-        optimizer = calm(VALUE_RATE, FULL_STEPS, VALUE_STEPS[1])
-        state, _ = fit(model, next_token_loss, batches, optimizer, steps=FULL_STEPS, seed=seed)
-        row[name] = bits(state.model, benchmark())
-    return row
-
-
 def plan_value(rows: list[dict]) -> list[dict]:
     return [{"seed": seed} for seed in VALUE_SEEDS]
-
-
-def plan_scratch(rows: list[dict]) -> list[dict]:
-    return [{"seed": seed} for seed in SCRATCH_SEEDS]
 
 
 # The command -------------------------------------------------------------------------------------
@@ -309,7 +293,6 @@ PARTS = {
     "schedules": (plan_schedules, schedules_row),
     "upsample": (plan_upsample, upsample_row),
     "value": (plan_value, value_row),
-    "scratch": (plan_scratch, scratch_row),
 }
 
 
