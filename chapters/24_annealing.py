@@ -223,10 +223,10 @@ for h in (0.1, 1.0, 3.0):
 # A direction with $\eta h = 0.01$ keeps most of its noise through an anneal of 120 steps, one with 0.3 loses seven eighths. Is the formula right? Simulate it, with 4,000 runs of gradient descent at once.
 
 # %%
-noise = np.random.default_rng(0).normal(size=(STEPS, 4000))
-theta, total = noise[0] * np.sqrt(0.1 / (1.0 * (2 - 0.1))), 0.0
+first, *noise = np.random.default_rng(0).normal(size=(STEPS + 1, 4000))
+theta, total = first * np.sqrt(0.1 / (2 - 0.1)), 0.0  # begins as it would hover at the first rate
 for t, rate in enumerate(tail):
-    theta = (1 - rate) * theta - rate * noise[t - 1]
+    theta = (1 - rate) * theta - rate * noise[t]
     total = total + theta * (t >= STEPS - TAIL)
 found = [0.5 * (theta**2).mean(), 0.5 * ((total / TAIL) ** 2).mean()]
 exact = excess(1.0, tail, STEPS - TAIL)
