@@ -305,21 +305,6 @@ def test_variance_of_the_mean_is_polyaks():
 # The runs ------------------------------------------------------------------------------------------
 
 
-def test_questions_about_code_are_fair():
-    items = annealing_runs.code_items()
-    assert len(items) == 300 and {item.answer for item in items} == {0, 1, 2, 3}
-    training = set("\n".join(annealing_runs.source_documents("code")).splitlines())
-    whole = sum(item.prompt.splitlines()[-2] in training for item in items) / len(items)
-    assert (
-        whole < 0.6
-    )  # single lines recur in all code; the questions do not come from training files
-    assert all(len(set(item.choices)) == 4 for item in items)
-    lengths = np.array([[len(choice) for choice in item.choices] for item in items])
-    right = np.array([item.answer for item in items])
-    for rule in (lengths.argmax(1), lengths.argmin(1)):
-        assert (rule == right).mean() < 0.33  # the length gives nothing away
-
-
 def test_candidates_are_what_they_are_called():
     files = {
         name: np.asarray(annealing_runs.candidate(name).ids) for name in annealing_runs.CANDIDATES
