@@ -1,8 +1,8 @@
 """Make chapter 24's stored runs: schedules and averages, code in the anneal, data sets judged by an anneal, into results/annealing.json.
 
-`python tools/annealing_runs.py` makes the rows that are missing (about half an hour on one core from nothing), `--part
-NAME` one part of schedules, upsample, value; `--fresh` makes them again. Chapter 24 reads
-the file and makes one row of the schedules again, drawn by a fixed rule.
+`python tools/annealing_runs.py` makes the rows that are missing (about fifteen minutes on one core from nothing), `--part
+NAME` one part of schedules, upsample, value; `--fresh` makes them again. Chapter 24 reads the file and
+makes one row of the schedules again, drawn by a fixed rule.
 """
 
 import argparse
@@ -162,10 +162,8 @@ def half_trained(size: str, seed: int, batches, rate: float, steps: tuple) -> Pa
     """The folder of a run of steps[0] steps at a constant rate, of which steps[1] are still to come."""
     path = folder() / f"base-{size}-{seed}"
     shutil.rmtree(path, ignore_errors=True)
-    model, optimizer = (
-        Llama(SIZES[size], key=jax.random.key(seed)),
-        calm(rate, sum(steps), steps[1]),
-    )
+    model = Llama(SIZES[size], key=jax.random.key(seed))
+    optimizer = calm(rate, sum(steps), steps[1])
     options = {"steps": steps[0], "seed": seed, "directory": path}
     fit(model, next_token_loss, batches, optimizer, **options)
     return path
@@ -193,10 +191,7 @@ def plan_upsample(rows: list[dict]) -> list[dict]:
 
 # The value of a data set ---------------------------------------------------------------------------
 
-VALUE_STEPS = (
-    400,
-    160,
-)  # trained before, then annealed: half of the 800 of a full run, and a fifth
+VALUE_STEPS = (400, 160)  # before the anneal: half of a full run; in it: a fifth
 FULL_STEPS, VALUE_RATE, NOISE = 800, 0.004, 0.1
 DEFAULT = {"plays": 0.75, "docs": 0.25}
 CANDIDATES = ("good", "noisy", "duplicated", "off-domain", "garbage")  # from best to worst
