@@ -137,7 +137,7 @@ ANNEALS = {  # what the last 240 steps read: (extra, its share)
     "plays only": ({"plays": 1.0}, 1.0),
     "up-sampled": ({"code": 1.0}, SHARE),
 }
-UPSAMPLE_SEEDS = (0, 1, 2, 3, 4)
+UPSAMPLE_SEEDS = {"small": (0, 1, 2, 3, 4), "large": (0, 1, 2)}
 
 
 def go_on(path: Path, name: str, size: str, seed: int, batches, rate: float, steps: tuple):
@@ -186,7 +186,9 @@ def upsample_row(size: str, seed: int) -> dict:
 
 
 def plan_upsample(rows: list[dict]) -> list[dict]:
-    return [{"size": size, "seed": seed} for size in SIZES for seed in UPSAMPLE_SEEDS]
+    return [
+        {"size": size, "seed": seed} for size, seeds in UPSAMPLE_SEEDS.items() for seed in seeds
+    ]
 
 
 # The value of a data set ---------------------------------------------------------------------------
