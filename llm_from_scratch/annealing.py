@@ -96,8 +96,8 @@ def averaged(
         updates, inner = optimizer.update(grads, state["inner"], params)
         count = state["updates"] + 1
         due = (count > start) & ((count - start) % every == 0)
-        taken = state["taken"] + due
-        share = due / jnp.maximum(taken, 1)  # 0 when it is not due: the mean stays
+        taken = state["taken"] + due.astype(jnp.int32)
+        share = due.astype(jnp.float32) / jnp.maximum(taken, 1).astype(jnp.float32)  # 0: it stays
         average = jax.tree.map(
             lambda mean, w: mean + share.astype(mean.dtype) * (widen(w) - mean),
             state["average"],

@@ -85,9 +85,10 @@ def test_decay_is_annealed_too():
     optimizer = annealed(optax.adamw(0.1, weight_decay=0.5), steps=4, anneal=4)
     params = jnp.full((), 2.0)
     state, found = optimizer.init(params), []
-    for _ in range(4):
-        update, state = optimizer.update(jnp.zeros(()), state, params)
-        found.append(float(update))
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedules mix int32 and fp32
+        for _ in range(4):
+            update, state = optimizer.update(jnp.zeros(()), state, params)
+            found.append(float(update))
     np.testing.assert_allclose(found, -0.1 * 0.5 * 2.0 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-6)
 
 
@@ -313,7 +314,9 @@ def test_candidates_are_what_they_are_called():
         name: annealing_runs.tokenizer().decode(ids[1:-1].tolist()) for name, ids in files.items()
     }
     good = texts["good"]
-    assert all(abs(len(text) - len(good)) < 0.2 * len(good) for text in texts.values())
+    # none but the duplicated set is read twice in the anneal
+    read = annealing_runs.VALUE_STEPS[1] * annealing_runs.BATCH * annealing_runs.CONTEXT
+    assert all(len(ids) > 1.2 * annealing_runs.SHARE * read for ids in files.values())
     apart = np.mean([a != b for a, b in zip(good, texts["noisy"], strict=True)])
     assert 0.08 < apart < 0.11
     assert (
