@@ -739,7 +739,7 @@ ledger.claim(
 #
 # At a constant rate the mean gains 0.02, as much as the anneal did, with an interval that touches zero here too. The two are rivals, and the last line compares them directly: the mean of a run that never lowered its rate ends 0.003 *below* the annealed run, with an interval clear of zero. It is a small lead, but of the sign that the quadratic gave. Seeds differ by 0.05, and yet this difference is known to a few thousandths. The pairing does it: anneal and average do the same thing to the same run.
 #
-# What does this say about the paper's recipe? Its runs are long, its anneal may be shorter than the stretch it averages, and its batches have little noise. Ours says only that a gain of the average *on top of* an anneal is not a law.
+# What does this say about the paper's recipe? Little: its runs are long and its batches large, and it does not report what the average gained. Ours says only that a gain of the average *on top of* an anneal is no law.
 #
 # ## 8 Every ablation, in one picture
 #
@@ -862,7 +862,7 @@ assert same(resumed.model, states["annealed"].model)
 #
 # **Polyak and Juditsky 1992** prove for stochastic approximation that the mean of the iterates reaches the optimal asymptotic variance with rates that fall more slowly than $1/t$. The constant rate of section 6 is a simpler case that one can compute on paper.
 #
-# **Hägele et al. 2024** train with a constant rate and a cooldown and find it to scale like the cosine; they also find that averaging improves the loss along the trajectory. Our section 3 and 7 repeat this at a ten-thousandth of their size.
+# **Hägele et al. 2024** train with a constant rate and a cooldown and find it to scale like the cosine; they also find that averaging improves the loss along the trajectory. Our sections 3 and 7 ask the same of far smaller models.
 #
 # **Hu et al. 2024 (MiniCPM)** name the schedule of section 3's *tail*: warm-up, stable, decay.
 #
@@ -900,7 +900,7 @@ assert same(resumed.model, states["annealed"].model)
 # %% [markdown]
 # ## Exercises
 #
-# 1. **An exponential mean.** Replace the mean of the last $n$ by an exponential one, $m \leftarrow \beta m + (1-\beta) w$ (`optax.ema` does it for updates). For the quadratic at a constant rate compute its excess loss and find the $\beta$ that equals a mean of 120. Success: simulation and formula agree within 5 %.
+# 1. **An exponential mean.** Replace the mean of the last $n$ by an exponential one, $m \leftarrow \beta m + (1-\beta) w$ (`optax.ema` does it for updates). For the quadratic at a constant rate compute its excess loss and find the $\beta$ that equals a mean of 120. Success: simulation and formula agree within 8 %.
 # 2. **How long an anneal?** For a direction with $\eta h = 0.05$, find the shortest anneal that removes 80 % of the excess. Success: one number, and a check that a shorter one does not.
 # 3. **Square root.** Write an anneal with the factor $1 - \sqrt{x}$, where $x$ is the part of the anneal that is done. Compare it with the linear one on the quadratic. Success: you can say for which curvatures it is better.
 
