@@ -127,7 +127,7 @@ assert np.allclose(rates, [1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 # %%
 BASE, MORE, PEAK = 300, 100, 0.006
-small, tokenizer = annealing_runs.SIZES["small"], annealing_runs.tokenizer()
+small, tokenizer = annealing_runs.SMALL, annealing_runs.tokenizer()
 batches = MixedBatches(
     {"plays": annealing_runs.source("plays")}, [(0, {"plays": 1.0})], batch=8, context=128
 )

@@ -34,9 +34,8 @@ from llm_from_scratch.training import fit
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "annealing.json"
 COMMAND = ".venv/bin/python tools/annealing_runs.py"
 BATCH, CONTEXT, WARMUP = 8, 128, 20
-SIZES = {  # 122,176 parameters
-    "small": LlamaConfig(512, 64, 2, 4, 2, 168, 16, tie_embeddings=True, max_seq_len=CONTEXT),
-}
+# 122,176 parameters
+SMALL = LlamaConfig(512, 64, 2, 4, 2, 168, 16, tie_embeddings=True, max_seq_len=CONTEXT)
 
 
 @functools.cache
@@ -99,7 +98,7 @@ def schedule_optimizer(schedule: str, rate: float, steps: int = STEPS, tail: int
 def schedules_row(schedule: str, rate: float, seed: int) -> dict:
     """A run on the plays: bits per byte of its last weights, and of the mean of ten checkpoints."""
     batches = MixedBatches({"plays": source("plays")}, [(0, {"plays": 1.0})], BATCH, CONTEXT, seed)
-    model = Llama(SIZES["small"], key=jax.random.key(seed))
+    model = Llama(SMALL, key=jax.random.key(seed))
     optimizer = schedule_optimizer(schedule, rate)
     state, _ = fit(model, next_token_loss, batches, optimizer, steps=STEPS, seed=seed)
     averages = bits(averaged_model(state), play_excerpts())
@@ -136,15 +135,15 @@ ANNEALS = {  # what the last 240 steps read: (extra, its share)
     "plays only": ({"plays": 1.0}, 1.0),
     "up-sampled": ({"code": 1.0}, SHARE),
 }
-UPSAMPLE_SEEDS = {"small": (0, 1, 2, 3, 4)}
+UPSAMPLE_SEEDS = (0, 1, 2, 3, 4)
 
 
-def go_on(path: Path, name: str, size: str, seed: int, batches, rate: float, steps: tuple):
+def go_on(path: Path, name: str, seed: int, batches, rate: float, steps: tuple):
     """Go on from a copy of a run's folder for the rest of `steps`, annealed; the last state."""
     copy = path.with_name(f"{path.name}-{name.replace(' ', '-')}")
     shutil.copytree(path, copy)
     optimizer = calm(rate, sum(steps), steps[1])
-    model = Llama(SIZES[size], key=jax.random.key(seed))
+    model = Llama(SMALL, key=jax.random.key(seed))
     options = {"steps": sum(steps), "seed": seed, "directory": copy}
     state, _ = fit(model, next_token_loss, batches, optimizer, **options)
     shutil.rmtree(copy)
@@ -157,26 +156,26 @@ def calm(rate: float, steps: int, anneal: int):
     return annealed(optimizer, steps=steps, anneal=anneal)
 
 
-def half_trained(size: str, seed: int, batches, rate: float, steps: tuple) -> Path:
+def half_trained(seed: int, batches, rate: float, steps: tuple) -> Path:
     """The folder of a run of steps[0] steps at a constant rate, of which steps[1] are still to come."""
-    path = folder() / f"base-{size}-{seed}"
+    path = folder() / f"base-{seed}"
     shutil.rmtree(path, ignore_errors=True)
-    model = Llama(SIZES[size], key=jax.random.key(seed))
+    model = Llama(SMALL, key=jax.random.key(seed))
     optimizer = calm(rate, sum(steps), steps[1])
     options = {"steps": steps[0], "seed": seed, "directory": path}
     fit(model, next_token_loss, batches, optimizer, **options)
     return path
 
 
-def upsample_row(size: str, seed: int) -> dict:
+def upsample_row(seed: int) -> dict:
     """One base model and its three anneals: bits per byte of code and of plays."""
     files, steps = {name: source(name) for name in BASE_MIX}, (BASE_STEPS, ANNEAL)
     rate, row, path = 0.004, {}, None
     for name, (extra, share) in ANNEALS.items():
         schedule = anneal_mix(BASE_MIX, extra, share=share, steps=sum(steps), anneal=ANNEAL)
         batches = MixedBatches(files, schedule, BATCH, CONTEXT, seed)
-        path = path or half_trained(size, seed, batches, rate, steps)
-        state = go_on(path, name, size, seed, batches, rate, steps)
+        path = path or half_trained(seed, batches, rate, steps)
+        state = go_on(path, name, seed, batches, rate, steps)
         row[name] = {
             "code": bits(state.model, benchmark()),
             "plays": bits(state.model, play_excerpts()),
@@ -185,9 +184,7 @@ def upsample_row(size: str, seed: int) -> dict:
 
 
 def plan_upsample(rows: list[dict]) -> list[dict]:
-    return [
-        {"size": size, "seed": seed} for size, seeds in UPSAMPLE_SEEDS.items() for seed in seeds
-    ]
+    return [{"seed": seed} for seed in UPSAMPLE_SEEDS]
 
 
 # The value of a data set ---------------------------------------------------------------------------
@@ -239,8 +236,8 @@ def value_row(seed: int) -> dict:
     row, path, total = {}, None, sum(VALUE_STEPS)
     for name in ("none", *CANDIDATES):
         batches = value_batches(name, seed, SHARE, total, VALUE_STEPS[1])
-        path = path or half_trained("small", seed, batches, VALUE_RATE, VALUE_STEPS)
-        state = go_on(path, name, "small", seed, batches, VALUE_RATE, VALUE_STEPS)
+        path = path or half_trained(seed, batches, VALUE_RATE, VALUE_STEPS)
+        state = go_on(path, name, seed, batches, VALUE_RATE, VALUE_STEPS)
         row[name] = bits(state.model, benchmark())
     return row
 
