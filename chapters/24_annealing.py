@@ -379,7 +379,7 @@ ledger.claim(
 )
 
 # %% [markdown]
-# Reproduced, for this reading of the claim: half a bit per byte for a share of 33.5 % instead of 5 % in the last 240 steps, and the plays pay a few hundredths. The control without any code shows the other side. Reading plays only, for 240 steps, the model loses most of a bit on code, and gains next to nothing on plays. What is not up-sampled is not merely neglected, it is overwritten.
+# Reproduced, for this reading of the claim: half a bit per byte for a share of 33.5 % instead of 5 % in the last 240 steps, and the plays pay a few hundredths. The control without any code shows the other side. Reading plays only, for 240 steps, the model loses more than a bit on code, and gains a hundredth on plays. What is not up-sampled is not merely neglected, it is overwritten.
 #
 # That a larger model gains less, as the 405B did, is not tested here.
 #
@@ -799,7 +799,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# A bar right of zero is a gain; grey bars cross zero. Most of the bars are grey. Warm-up, cosine, weight decay, batch ramp: five seeds of runs of a minute can't show what they are worth, and a course that printed only their means would be telling fortunes. What is clear has a reason that one can name: *what* is read (the mix), whether documents see each other (the mask, on a task made for it: chapter 10's recall), keeping the rate high in a short run. And one clear bar is on the wrong side: the average after the anneal.
+# A bar right of zero is a gain; grey bars cross zero. Most of the bars are grey. Warm-up, cosine, weight decay, batch ramp: five seeds of such short runs can't show what they are worth, and a course that printed only their means would be telling fortunes. What is clear has a reason that one can name: *what* is read (the mix), whether documents see each other (the mask, on a task made for it: chapter 10's recall), keeping the rate high in a short run. And one clear bar is on the wrong side: the average after the anneal.
 #
 # Stored numbers deserve suspicion. One run is made again now, drawn by a rule that leaves us no choice: of all compared runs of the schedules, in the order of their plan, number $H \bmod N$, where $H$ is the SHA-256 of the chapter's name. It must come within 0.03 of what is stored, and inside the 95 % interval for a single run that the *other* seeds of its arm give.
 
