@@ -17,7 +17,7 @@
 #
 # > The Transformer of Llama 3, from one norm to the published 405 billion parameters.
 #
-# *Reading time 40 min · runs in about 40 s · difficulty ●●● · needs 00, 01, 03*
+# *Reading time 40 min · runs in about a minute · difficulty ●●● · needs 00, 01, 03*
 #
 # By the end of this chapter you have written Llama 3: the same arithmetic as the released models, weight for weight. Section 5 compares it with
 # stored outputs of Hugging Face's `LlamaForCausalLM` (transformers 5.23.0, fp32, random weights), and the logits agree to 1e-4. What is missing is training (chapter 11) and a few thousand GPUs.

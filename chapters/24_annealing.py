@@ -17,7 +17,7 @@
 #
 # > The last part of a run: a learning rate that falls to zero, better data while it falls, data sets judged by it, and the mean of the last weights.
 #
-# *Reading time 15 min · runs in about 40 s · difficulty ●●○ · needs 03, 11, 21*
+# *Reading time 15 min · runs in about 50 s · difficulty ●●○ · needs 03, 11, 21*
 #
 # A training run can be improved cheaply in its last hour. The Llama 3 paper ends its pre-training with three moves (§3.4.3): the learning rate falls linearly to zero, the mix of data shifts to sources of very high quality, and the final model is the average of checkpoints on the way. A fourth use comes on the side (§3.1.3): a short anneal tells what a small data set is worth.
 #
