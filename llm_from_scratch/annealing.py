@@ -3,7 +3,10 @@
 Written from chapters/24_annealing.py by `make export`: edit there.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_from_scratch import datasets, formats, pretraining
+from llm_from_scratch.data_mix import (
+    MixedBatches,
+    byte_sample,
+    chunks,
+    held_out,
+    mix_files,
+    mix_tokenizer,
+    source_documents,
+)
+from llm_from_scratch.llama import Llama, count_params
+from llm_from_scratch.pretraining import (
+    Recipe,
+    make_optimizer,
+    mini_llama,
+    model_bits_per_byte,
+    next_token_loss,
+)
+from llm_from_scratch.tokenizer import Tokenizer
 from llm_from_scratch.training import (
     TrainState,
+    fit,
     from_safetensors,
     is_trainable,
     verify_checkpoint,
     widen,
+    write_durably,
 )
 
 
@@ -164,3 +188,200 @@ def average_checkpoints(paths: Iterable[str | Path], like: TrainState) -> Any:
             yield from_safetensors(files["state.safetensors"], like, where).model
 
     return mean_weights(models())
+
+
+@dataclass(frozen=True)
+class MixRecipe(Recipe):
+    """A recipe that reads a mix of sources and ends with an anneal, in rate and in data.
+
+    `mix` and `extra` map sources to weights, `share` and `anneal` are as of `anneal_mix`. The rate is constant
+    between warm-up and anneal. The other fields are those of `Recipe`.
+    """
+
+    mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    share: float = 0.5
+    anneal: int = 1
+
+    def schedule(self) -> list[tuple[int, dict[str, float]]]:
+        """The schedule of the mix, for `MixedBatches`."""
+        options = {"share": self.share, "steps": self.steps, "anneal": self.anneal}
+        return anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
+
+
+FULL = MixRecipe(
+    mini_llama(256, 4, 4, 2, 704, 256),
+    batch=2,
+    context=256,
+    steps=22_000,
+    peak=1.5e-3,
+    warmup=400,
+    b2=0.99,
+    eval_every=2_200,
+    checkpoint_every=500,
+    mix={
+        "plays": 0.36,
+        "poems": 0.02,
+        "folio": 0.08,
+        "bible": 0.10,
+        "docs": 0.08,
+        "arithmetic": 0.16,
+        "code": 0.15,
+        "french": 0.04,
+        "latin": 0.01,
+    },
+    extra={"plays": 0.6, "arithmetic": 0.2, "code": 0.2},
+    share=0.5,
+    anneal=8_800,
+)
+MIX_RECIPES = {
+    "full": FULL,
+    "full-plays": dataclasses.replace(FULL, mix={"plays": 1.0}, extra={"plays": 1.0}),
+    "full-smoke": dataclasses.replace(
+        FULL,
+        model=mini_llama(32, 2, 4, 2, 96, 32),
+        context=32,
+        steps=12,
+        warmup=2,
+        anneal=6,
+        eval_every=0,
+        checkpoint_every=4,
+        mix={"plays": 0.5, "french": 0.5},
+        extra={"plays": 1.0},
+    ),
+}
+
+
+def pieces(names: Iterable[str], split: str, size: int = 20_000) -> dict[str, list[str]]:
+    """Text of sources in a split: pieces of 2,000 characters from all over their documents, `size` bytes each.
+
+    Those of held-out splits have no long line in common with the training text (`data_mix.held_out`).
+    """
+    if split != "train":
+        return {name: held_out(name, size, split=split) for name in names}
+    return {name: byte_sample(chunks(source_documents(name), 2_000), size) for name in names}
+
+
+def bits_by_source(
+    model: Llama, tokenizer: Tokenizer, texts: Mapping[str, Sequence[str]], context: int
+) -> dict[str, float]:
+    """Bits per byte of each source's texts."""
+    return {
+        name: model_bits_per_byte(model, tokenizer, found, context=context)
+        for name, found in texts.items()
+    }
+
+
+def mix_batches(recipe: MixRecipe, directory: Path, tokenizer: Tokenizer) -> MixedBatches:
+    """The batches of a recipe; the token files in the run's folder are written if they are not there."""
+    files = mix_files(directory / "tokens", tokenizer, names=tuple(recipe.mix))
+    return MixedBatches(files, recipe.schedule(), recipe.batch, recipe.context, recipe.seed)
+
+
+def train_mix(
+    recipe: MixRecipe, directory: str | Path, *, progress: bool = False
+) -> tuple[Llama, Tokenizer, list[dict]]:
+    """Run a recipe on a mix in a folder, tokenizer included, or go on from the folder's last checkpoint.
+
+    Leaves a model that `load` reads, token files, checkpoints and log.jsonl; every evaluation logs bits
+    per byte of held-out pieces, by source. Returns model, tokenizer, log rows. Raises ValueError if the
+    folder holds another recipe's run or a tokenizer of another size.
+    """
+    directory = Path(directory)
+    tokenizer = mix_tokenizer(directory, recipe.model.vocab_size, names=tuple(recipe.mix))
+    texts = pieces(recipe.mix, "validation")
+    optimizer = make_optimizer(
+        steps=recipe.steps,
+        peak=recipe.peak,
+        warmup=recipe.warmup,
+        floor=1.0,
+        weight_decay=recipe.weight_decay,
+        b2=recipe.b2,
+    )
+    state, rows = fit(
+        Llama(recipe.model, key=jax.random.key(recipe.seed)),
+        next_token_loss,
+        mix_batches(recipe, directory, tokenizer),
+        annealed(optimizer, steps=recipe.steps, anneal=recipe.anneal),
+        evaluate=lambda model: {
+            "bits_per_byte": bits_by_source(model, tokenizer, texts, recipe.context)
+        },
+        directory=directory,
+        progress=progress,
+        config=dataclasses.asdict(recipe),
+        **{name: getattr(recipe, name) for name in pretraining.FIT_OPTIONS},
+    )
+    pretraining.save(directory, state.model, tokenizer)
+    return state.model, tokenizer, rows
+
+
+def rule_prompts(names: Iterable[str]) -> dict[str, str]:
+    """The beginning of each source's first held-out piece, to its first line end from 30 to 120 characters."""
+    found = {}
+    for name, (first, *_) in pieces(names, "validation").items():
+        end = first.find("\n", 30, 120)
+        found[name] = first[: end + 1] if end > 0 else first[:120]
+    return found
+
+
+def draw_mix(rows: Sequence[dict], anneal_begins: int, path: Path) -> None:
+    """Bits per byte of held-out text by source over tokens, as a picture. Needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    judged = [row for row in rows if "bits_per_byte" in row]
+    for name in judged[0]["bits_per_byte"]:
+        values = [row["bits_per_byte"][name] for row in judged]
+        axes.plot([row["tokens"] / 1e6 for row in judged], values, "o-", ms=3, label=name)
+    axes.axvline(anneal_begins / 1e6, color="gray", ls=":")
+    axes.set(xlabel="million tokens read", ylabel="bits per byte, held-out")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report_mix(directory: Path, recipe: MixRecipe, peak: float, rows: Sequence[dict]) -> None:
+    """Write summary.json, samples.txt and curves.png of a finished run of `train_mix`; print the first two."""
+    model, tokenizer = pretraining.load(directory)
+    plays = {"plays": [play.text for play in datasets.plays("validation")]}
+    judge = lambda texts: {  # noqa: E731
+        name: round(bits, 4)
+        for name, bits in bits_by_source(model, tokenizer, texts, recipe.context).items()
+    }
+    last, drawn = rows[-1], mix_batches(recipe, directory, tokenizer)
+    summary = {
+        "parameters": count_params(recipe.model),
+        "tokens": last["tokens"],
+        "validation_bits_per_byte": judge(plays)["plays"],
+        "bits_per_byte": {
+            split: judge(pieces(recipe.mix, split)) for split in ("train", "validation")
+        },
+        "read": drawn.report(recipe.steps * recipe.accumulate),
+        "seconds": round(last["seconds"]),
+        "matmul_gflops": round(peak),
+        "recipe": dataclasses.asdict(recipe),
+    }
+    written = [
+        f"[{name}]\n{prompt}⁞{pretraining.sample(model, tokenizer, prompt, max_tokens=100, seed=seed)}"
+        for seed, (name, prompt) in enumerate(rule_prompts(recipe.mix).items())
+    ]
+    text = "\n\n--------\n\n".join(written) + "\n"
+    write_durably(directory / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_durably(directory / "samples.txt", text.encode())
+    print(f"\n{text}\n--------")
+    print(
+        json.dumps({name: value for name, value in summary.items() if name != "recipe"}, indent=1)
+    )
+    per_step = recipe.batch * recipe.context * recipe.accumulate
+    try:
+        draw_mix(rows, (recipe.steps - recipe.anneal) * per_step, directory / "curves.png")
+    except ModuleNotFoundError:
+        print("no curves.png: pip install matplotlib for the picture")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command behind `make train` and `make sample`: chapter 11's, with this chapter's recipes and all formats."""
+    more = {name: (recipe, train_mix, report_mix) for name, recipe in MIX_RECIPES.items()}
+    pretraining.main(arguments, more, formats.load)

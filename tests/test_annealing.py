@@ -1,5 +1,7 @@
 """Chapter 24: the anneal, the mix and the averages against closed forms and NumPy, and the stored runs."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,20 +12,27 @@ import numpy as np
 import optax
 import pytest
 
+from llm_from_scratch import annealing, formats
 from llm_from_scratch.annealing import (
+    FULL,
+    MIX_RECIPES,
     anneal_mix,
     annealed,
     average_checkpoints,
     averaged,
     averaged_model,
     mean_weights,
+    pieces,
+    rule_prompts,
+    train_mix,
 )
-from llm_from_scratch.data_mix import MixedBatches, TokenFile
+from llm_from_scratch.data_mix import SOURCES, MixedBatches, TokenFile, source_documents
 from llm_from_scratch.pretraining import make_optimizer, skip_spikes
 from llm_from_scratch.training import TrainState, checkpoints, fit, train_state
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import annealing_runs
+import full_runs
 
 
 class Line(eqx.Module):
@@ -338,3 +347,109 @@ def test_stored_runs_are_whole():
         found = [row for row in rows if row["part"] == part]
         assert len(found) == len(wanted), part
         assert all(annealing_runs.find(rows, {"part": part} | w) for w in wanted)
+
+
+# ---------------------------------------------------------------- the full recipe
+
+
+def test_full_recipe_reads_every_source_and_anneals():
+    assert FULL.mix.keys() == SOURCES.keys() and abs(sum(FULL.mix.values()) - 1) < 1e-9
+    (start, before), (turn, after) = FULL.schedule()
+    assert start == 0 and turn == (FULL.steps - FULL.anneal) * FULL.accumulate
+    assert before == dict(FULL.mix) and abs(sum(after.values()) - 1) < 1e-9
+    for name in FULL.mix:
+        extra = FULL.extra.get(name, 0.0)
+        assert after[name] == pytest.approx((1 - FULL.share) * FULL.mix[name] + FULL.share * extra)
+    assert FULL.context <= FULL.model.max_seq_len and FULL.model.vocab_size == 4096
+
+
+def test_pieces_and_prompts_by_rule():
+    found = pieces(["plays", "code"], "train")
+    for name, texts in found.items():
+        assert all(any(text in document for document in source_documents(name)) for text in texts)
+        assert 20_000 <= sum(len(text.encode()) for text in texts) < 24_000
+    prompts = rule_prompts(SOURCES)
+    assert all(1 <= len(prompt) <= 120 for prompt in prompts.values())
+    assert prompts["arithmetic"].startswith("Question: ") and prompts["arithmetic"].endswith("\n")
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished run of the smoke recipe, by its command."""
+    folder = tmp_path_factory.mktemp("smoke")
+    annealing.main(["--recipe", "full-smoke", "--directory", str(folder)])
+    return folder
+
+
+def rows_of(folder):
+    """The log of a run without what is read off a clock."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    clocks = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+
+
+def test_interrupted_mix_run_ends_with_the_same_weights(smoke, tmp_path, monkeypatch):
+    real, stops = MixedBatches.__call__, iter((3, 6, 9))
+    at = next(stops)
+
+    def stop(self, cursor):
+        nonlocal at
+        if cursor == at:
+            at = next(stops, None)
+            raise KeyboardInterrupt
+        return real(self, cursor)
+
+    monkeypatch.setattr(MixedBatches, "__call__", stop)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train_mix(MIX_RECIPES["full-smoke"], tmp_path)
+    model, *_ = train_mix(MIX_RECIPES["full-smoke"], tmp_path)
+    assert (
+        at is None and equal(model, formats.load(smoke)[0]) and rows_of(tmp_path) == rows_of(smoke)
+    )
+
+
+def test_report_of_a_mix_run(smoke, capsys):
+    summary, recipe = json.loads((smoke / "summary.json").read_text()), MIX_RECIPES["full-smoke"]
+    assert sum(source["tokens"] for source in summary["read"].values()) == 12 * 4 * 32 // 2
+    for split in ("train", "validation"):
+        assert summary["bits_per_byte"][split].keys() == recipe.mix.keys()
+    judged = rows_of(smoke)[-1]["bits_per_byte"]
+    assert summary["bits_per_byte"]["validation"] == pytest.approx(judged, abs=1e-4)
+    samples = (smoke / "samples.txt").read_text()
+    assert all(
+        f"[{name}]\n{prompt}" in samples for name, prompt in rule_prompts(recipe.mix).items()
+    )
+    assert (smoke / "curves.png").stat().st_size > 5_000
+    command = ["--directory", str(smoke), "--sample", "ROMEO\\n"]
+    annealing.main(command)
+    once = capsys.readouterr().out
+    annealing.main(command)
+    assert once.startswith("ROMEO\n") and capsys.readouterr().out == once
+
+
+# ---------------------------------------------------------------- judging the trained models
+
+
+def test_functions_are_cut_and_judged_by_pythons_parser():
+    head = "def f(x):\n"
+    assert full_runs.body_of(head, "    return x\n\nclass A:\n    y") == head + "    return x\n"
+    assert full_runs.body_of(head, "    y = 1\n    retur") == head + "    y = 1"
+    for body, good in (("    return x", 1), ("", 0), ("return x", 0), ("    if x\n", 0)):
+        assert full_runs.parses(head + body) == bool(good)
+    assert not full_runs.parses("x = 1") and not full_runs.parses(head + "    '\0'")
+    assert full_runs.only_says(head + "    'text'\n    pass") and full_runs.only_says(
+        head + "    ..."
+    )
+    assert not full_runs.only_says(head + "    'text'\n    return x")
+
+
+def test_heads_are_different_first_lines():
+    heads = full_runs.function_heads()
+    assert len(set(heads)) == 200 and all(re.fullmatch(r"def .*:\n", head) for head in heads)
+
+
+def test_full_rows_are_the_planned_ones():
+    rows = full_runs.stored()
+    assert len(rows) == len(full_runs.PLAN)
+    assert all(keys.items() <= row.items() for keys, row in zip(full_runs.PLAN, rows, strict=True))

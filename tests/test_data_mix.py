@@ -20,8 +20,10 @@ from llm_from_scratch.data_mix import (
     TokenFile,
     arithmetic,
     chunks,
+    distinct_problems,
     docstrings,
     hashed_split,
+    held_out,
     mix_of_kinds,
     mix_tokenizer,
     parse_answer,
@@ -123,9 +125,32 @@ def test_arithmetic_holds_out_pairs_and_wordings():
         assert {s for s in SPLITS if any(words in question for question in told[s])} == {home}
 
 
+def test_examinations_have_different_problems(monkeypatch):
+    problems = distinct_problems(600)
+    assert len({(p.operation, *sorted(p.operands)) for p in problems}) == len(problems) == 600
+    assert 150 < sum(p.new_wording for p in problems) < 250
+    assert problems[:50] == distinct_problems(300)[:50]
+    monkeypatch.setattr(data_mix, "arithmetic", lambda n, *_, **__: problems[:3] * n)
+    with pytest.raises(ValueError, match="20 problems of test hold 3 different ones, not 4"):
+        distinct_problems(4)
+
+
+def test_held_out_pieces_are_new():
+    texts = (text for name in SOURCES for text in source_documents(name))
+    known = {line.strip() for text in texts for line in text.split("\n")}
+    for name in ("plays", "code", "docs"):
+        whole, found = source_documents(name, "validation"), held_out(name, 40_000)
+        assert all(len(t) <= 2_000 and any(t in document for document in whole) for t in found)
+        lines = {line.strip() for text in found for line in text.split("\n")}
+        assert all(len(line) < 40 for line in known & lines)
+        heads = sum(any(document.startswith(text) for document in whole) for text in found)
+        assert name == "docs" or heads < len(found) / 2  # most of the documentation is short
+    assert held_out("plays", 40_000, split="test") != held_out("plays", 40_000)
+
+
 def test_wordings():
     wordings = [w for of in data_mix._WORDINGS.values() for w in of]
-    assert len(set(wordings)) == len(wordings) == 4 * 14
+    assert len(set(wordings)) == len(wordings) == 4 * 28
     assert all(
         {"a", "b"} <= set(re.findall(r"{(\w+)}", w)) <= {*"ab", "name", "things"} for w in wordings
     )

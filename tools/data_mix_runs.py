@@ -1,6 +1,6 @@
 """Make chapter 21's stored runs: rates, mixes at three sizes, the order of reading, a pile, arithmetic, into results/data_mix.json.
 
-`python tools/data_mix_runs.py` makes the rows that are missing (about forty minutes of one core from nothing),
+`python tools/data_mix_runs.py` makes the rows that are missing (about an hour of one core from nothing),
 `--part NAME` one part of rates, mixes, order, pile, arithmetic; `--fresh` makes them again. A finished row is stored at
 once, and the arithmetic run also keeps checkpoints in .cache, so the command may be stopped at any moment. Chapter 21
 reads the file and makes one row of the mixes again.
@@ -25,6 +25,8 @@ from llm_from_scratch.data_mix import (
     arithmetic,
     byte_sample,
     chunks,
+    distinct_problems,
+    held_out,
     mix_files,
     mix_of_kinds,
     mix_tokenizer,
@@ -56,15 +58,11 @@ def files():
     return mix_files(FOLDER / "tokens", tokenizer(), size=SIZE)
 
 
-@functools.cache
-def held_out(size=16_000):
+def judged_on(size=16_000):
     """Validation text by kind, `size` bytes of a source at most, so that all kinds cost the same time."""
     names = {"plays": "plays", "docs": "docs", "mathematics": "arithmetic", "code": "code"}
     names["multilingual"] = "french"
-    return {
-        kind: byte_sample(source_documents(name, "validation"), size)
-        for kind, name in names.items()
-    }
+    return {kind: held_out(name, size) for kind, name in names.items()}
 
 
 def model_of(width, seed):
@@ -80,7 +78,7 @@ def scores(model, size=16_000):
     """Bits per byte of a model on every kind of validation text."""
     return {
         kind: round(model_bits_per_byte(model, tokenizer(), texts, context=CONTEXT), 4)
-        for kind, texts in held_out(size).items()
+        for kind, texts in judged_on(size).items()
     }
 
 
@@ -97,7 +95,11 @@ def train(sources, schedule, width, seed, peak, *, steps=STEPS):
 # Rates -------------------------------------------------------------------------------------------
 
 # three rates for each width, on a seed that no other part uses, all on the paper's mix
-RATES = {32: (0.003, 0.006, 0.012), 48: (0.003, 0.006, 0.012), 96: (0.0015, 0.003, 0.006)}
+RATES = {
+    32: (0.003, 0.006, 0.012),
+    48: (0.0015, 0.003, 0.006),
+    96: (0.00075, 0.0015, 0.003, 0.006),
+}
 
 
 def rate_row(arm, seed):
@@ -262,7 +264,7 @@ def sums_row(arm, seed):
     )[0].model
     problems = arithmetic(200, "validation")
     if upto == c["steps"]:  # the finished model works on the test problems
-        problems = arithmetic(600, "test")
+        problems = distinct_problems(600)
     right = np.array(answered(model, problems))
     new = np.array([p.new_wording for p in problems])
     row = {"problems": len(problems), "right": int(right.sum())}
@@ -312,6 +314,7 @@ def main():
         if part not in wanted or ((arm, seed) in rows and not options.fresh):
             continue
         row = {"part": part, "arm": arm, "seed": seed} | PARTS[part][0](arm, seed)
+        rows = {(r["arm"], r["seed"]): r for r in stored()}  # another part may run beside this
         rows[arm, seed] = row
         ordered = [rows[a, s] for _, a, s in keys if (a, s) in rows]
         body = ",\n".join("  " + json.dumps(row) for row in ordered)

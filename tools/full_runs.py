@@ -1,0 +1,262 @@
+"""Make chapter 24's stored runs of the full recipe: its shape, and what the trained models can do, into results/full.json.
+
+`python tools/full_runs.py` makes the rows that are missing, `--fresh` makes them again.
+
+Parts "shape" and "rate" (about forty minutes of one core): every model trains on one core for the same seconds, its tokens
+being those seconds times its own speed, which is measured first. Mix and tokenizer are those of `FULL`.
+
+Part "judge" (some minutes) asks the models in checkpoints/, and counters of bytes.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llm_from_scratch.annealing import FULL, bits_by_source, pieces, train_mix
+from llm_from_scratch.bigram import NGram, model_bits
+from llm_from_scratch.data_mix import (
+    MixedBatches,
+    distinct_problems,
+    mix_files,
+    mix_tokenizer,
+    parse_answer,
+    source_documents,
+)
+from llm_from_scratch.datasets import plays
+from llm_from_scratch.formats import load
+from llm_from_scratch.generation import Sampler, generate
+from llm_from_scratch.llama import Llama, count_params
+from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss
+from llm_from_scratch.training import compile_step, make_step, train_state
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "full.json"
+COMMAND = ".venv/bin/python tools/full_runs.py"
+CORPUS = ROOT / ".cache" / "full"  # tokenizer and token files, the same for all rows
+# shape: width and layers, four query heads and two key/value heads each
+SHAPES = {"64x3": (64, 3), "96x3": (96, 3), "128x4": (128, 4), "192x4": (192, 4), "256x4": (256, 4)}
+BUDGETS = {  # seconds: shapes
+    100: ("64x3", "96x3", "128x4", "192x4"),
+    400: ("64x3", "96x3", "128x4", "192x4"),
+}
+RATE = 0.0015  # at width 256
+MODELS = {
+    "full": ROOT / "checkpoints" / "mini-llama3-base",
+    "short": ROOT / "checkpoints" / "mini-llama3-short",
+}
+CONTENDERS = (*MODELS, "counters")
+
+
+def recipe(shape: str, steps: int, factor: float = 1.0):
+    """FULL with another shape and length, its rate falling with the width, times a factor."""
+    width, layers = SHAPES[shape]
+    model = mini_llama(width, layers, 4, 2, 8 * (width // 3), 256)
+    return dataclasses.replace(
+        FULL,
+        model=model,
+        steps=steps,
+        warmup=max(20, steps // 40),
+        anneal=steps * 2 // 5,
+        peak=RATE * factor * 256 / width,
+        eval_every=0,
+        checkpoint_every=0,
+    )
+
+
+def corpus():
+    """The tokenizer and the token files of FULL."""
+    tokenizer = mix_tokenizer(CORPUS, FULL.model.vocab_size, names=tuple(FULL.mix))
+    return tokenizer, mix_files(CORPUS / "tokens", tokenizer, names=tuple(FULL.mix))
+
+
+def speed(shape: str) -> float:
+    """Steps a second of a shape, the median of twenty after a warm-up."""
+    plan, (_, files) = recipe(shape, 1000), corpus()
+    batches = MixedBatches(files, plan.schedule(), plan.batch, plan.context)
+    optimizer = make_optimizer(steps=plan.steps, peak=plan.peak, warmup=plan.warmup)
+    state = train_state(Llama(plan.model, key=jax.random.key(0)), optimizer)
+    step, seconds = compile_step(make_step(next_token_loss, optimizer), state), []
+    for cursor in range(26):
+        start = time.perf_counter()
+        state, metrics = step(state, batches(cursor), jax.random.key(0))
+        metrics["loss"].block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 1 / sorted(seconds[6:])[10]
+
+
+def shape_row(shape: str, seconds: int, factor: float = 1.0) -> dict:
+    """One model, trained for so many seconds by its own speed."""
+    plan = recipe(shape, int(seconds * speed(shape)), factor)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokens").symlink_to(CORPUS / "tokens")
+        (Path(folder) / "tokenizer.model").symlink_to(CORPUS / "tokenizer.model")
+        *_, rows = train_mix(plan, folder)
+    return {
+        "parameters": count_params(plan.model),
+        "steps": plan.steps,
+        "tokens": rows[-1]["tokens"],
+        "took": round(time.perf_counter() - start),
+        "bits_per_byte": {k: round(v, 4) for k, v in rows[-1]["bits_per_byte"].items()},
+    }
+
+
+# What the trained models can do ------------------------------------------------------------------
+
+
+def function_heads(n: int = 200) -> list[str]:
+    """First lines of n functions from the held-out code, drawn by seed 0; each line once."""
+    heads = {
+        line + "\n"
+        for text in source_documents("code", "test")
+        for line in text.splitlines()
+        if re.fullmatch(r"def \w+\(.*\).*:", line) and len(line) <= 100
+    }
+    return random.Random(0).sample(sorted(heads), n)
+
+
+def body_of(head: str, written: str) -> str:
+    """A function as far as it was written: up to the next line that is not indented, else to the last whole line."""
+    lines = written.split("\n")
+    ends = (i for i, line in enumerate(lines) if line.strip() and not line.startswith((" ", "\t")))
+    return head + "\n".join(lines[: next(ends, len(lines) - 1)])
+
+
+def parses(source: str) -> bool:
+    """Whether Python's own parser takes it for one function."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return len(tree.body) == 1 and isinstance(tree.body[0], ast.FunctionDef)
+
+
+def only_says(source: str) -> bool:
+    """Whether a function that parses has nothing in it but text: a docstring, or `pass`, or ..."""
+    body = ast.parse(source).body[0].body
+    return all(
+        isinstance(x, ast.Pass) or isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
+        for x in body
+    )
+
+
+def write_by_model(model, tokenizer):
+    """A function from prompts to continuations."""
+
+    def write(prompts, most, temperature):
+        found = []
+        for at in range(0, len(prompts), 50):
+            ids = [tokenizer.encode(p, bos=True) for p in prompts[at : at + 50]]
+            sampler = Sampler(temperature)
+            rows = generate(
+                model, ids, max_tokens=most, sampler=sampler, stop_ids=tokenizer.stop_ids
+            )
+            found += [tokenizer.decode(row) for row in rows]
+        return found
+
+    return write
+
+
+def write_by_counter(counter):
+    """The same for a counter of bytes; a token of the models is taken for 2.5 bytes."""
+
+    def write(prompts, most, temperature):
+        random_numbers, found = np.random.default_rng(0), []
+        for prompt in prompts:
+            text = bytearray(prompt.encode())
+            for _ in range(int(2.5 * most)):
+                p = counter.probabilities(bytes(text[-6:]))
+                if temperature == 0:
+                    text.append(int(p.argmax()))
+                else:
+                    p = p ** (1 / temperature)
+                    text.append(int(random_numbers.choice(256, p=p / p.sum())))
+            found.append(bytes(text).decode(errors="replace")[len(prompt) :])
+        return found
+
+    return write
+
+
+def can_do(write_sums, write_code) -> dict:
+    """How many of the sums are right, and how many of the functions parse."""
+    problems, heads = distinct_problems(600), function_heads()
+    answers = write_sums([p.prompt for p in problems], 70, 0.0)
+    right = [parse_answer(text) == p.answer for text, p in zip(answers, problems, strict=True)]
+    functions = [body_of(*pair) for pair in zip(heads, write_code(heads, 120, 0.8), strict=True)]
+    good = [source for source in functions if parses(source)]
+    new = [p.new_wording for p in problems]
+    return {
+        "sums": len(problems),
+        "right": sum(right),
+        "new": sum(new),
+        "right new": sum(r for r, n in zip(right, new, strict=True) if n),
+        "functions": len(heads),
+        "parse": len(good),
+        "only say": sum(map(only_says, good)),
+    }
+
+
+def judged(contender: str) -> dict:
+    """What a contender can do, and its bits per byte of the held-out pieces of every source and of the whole plays."""
+    texts = pieces(FULL.mix, "validation") | {"whole plays": [p.text for p in plays("validation")]}
+    if contender == "counters":  # one for each source, told which source it is in
+        counters = {
+            name: NGram(5).fit([t.encode() for t in source_documents(name)]) for name in FULL.mix
+        }
+        counters["whole plays"] = counters["plays"]
+        bits = {
+            name: model_bits(counters[name], [t.encode() for t in found])
+            for name, found in texts.items()
+        }
+        done = can_do(write_by_counter(counters["arithmetic"]), write_by_counter(counters["code"]))
+    else:
+        model, tokenizer = load(MODELS[contender])
+        bits = bits_by_source(model, tokenizer, texts, FULL.context)
+        done = can_do(*[write_by_model(model, tokenizer)] * 2)
+    return {"bits_per_byte": {k: round(v, 4) for k, v in bits.items()}} | done
+
+
+def stored() -> list[dict]:
+    """The rows of results/full.json."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
+PLAN = [
+    *({"part": "shape", "seconds": s, "shape": x} for s, names in BUDGETS.items() for x in names),
+    *({"part": "rate", "seconds": 100, "shape": "128x4", "factor": f} for f in (0.5, 2.0)),
+    *({"part": "judge", "contender": name} for name in CONTENDERS),
+]
+MAKE = {"shape": shape_row, "rate": shape_row, "judge": judged}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", choices=MAKE, help="only this part")
+    parser.add_argument("--fresh", action="store_true", help="also make the rows that are there")
+    parser.add_argument("--only", nargs="+", help="only these shapes or contenders")
+    options = parser.parse_args()
+    for keys in PLAN:
+        part, name = keys["part"], keys.get("shape", keys.get("contender"))
+        unwanted = options.part not in (None, part) or options.only and name not in options.only
+        there = any(keys.items() <= row.items() for row in stored())
+        if unwanted or there and not options.fresh:
+            continue
+        new = keys | MAKE[part](**{k: v for k, v in keys.items() if k != "part"})
+        rows = [row for row in stored() if not keys.items() <= row.items()] + [new]
+        rows.sort(key=lambda row: next(i for i, k in enumerate(PLAN) if k.items() <= row.items()))
+        body = ",\n".join("  " + json.dumps(row) for row in rows)
+        RESULTS.write_text(f'{{"command": "{COMMAND}",\n "rows": [\n{body}\n]}}\n')
+        print(new, flush=True)
+
+
+if __name__ == "__main__":
+    main()
