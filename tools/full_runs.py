@@ -94,8 +94,14 @@ def speed(shape: str) -> float:
 
 
 def shape_row(shape: str, seconds: int, factor: float = 1.0) -> dict:
-    """One model, trained for so many seconds by its own speed."""
-    plan = recipe(shape, int(seconds * speed(shape)), factor)
+    """One model, trained for so many seconds by its own speed; at another rate, for as many steps as at the first."""
+    same = (
+        r
+        for r in stored()
+        if r["part"] == "shape" and r["shape"] == shape and r["seconds"] == seconds
+    )
+    steps = int(seconds * speed(shape)) if factor == 1 else next(same)["steps"]
+    plan = recipe(shape, steps, factor)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokens").symlink_to(CORPUS / "tokens")
@@ -232,7 +238,7 @@ def stored() -> list[dict]:
 
 PLAN = [
     *({"part": "shape", "seconds": s, "shape": x} for s, names in BUDGETS.items() for x in names),
-    *({"part": "rate", "seconds": 100, "shape": "128x4", "factor": f} for f in (0.5, 2.0)),
+    *({"part": "rate", "seconds": 100, "shape": "128x4", "factor": f} for f in (0.125, 0.25, 0.5)),
     *({"part": "judge", "contender": name} for name in CONTENDERS),
 ]
 MAKE = {"shape": shape_row, "rate": shape_row, "judge": judged}
