@@ -1,4 +1,4 @@
-"""The last part of a run: a learning rate that falls to zero, better data while it falls, data sets judged by it, and the mean of the last weights.
+"""The last part of a run: a learning rate that falls to zero, better data while it falls, data sets judged by it, the mean of the last weights; and the course's full run, which ends that way.
 
 Written from chapters/24_annealing.py by `make export`: edit there.
 """
