@@ -234,6 +234,8 @@ FULL = MixRecipe(
     share=0.7,
     anneal=13_500,
 )
+
+
 MIX_RECIPES = {
     "full": FULL,
     "full-smoke": dataclasses.replace(
@@ -335,7 +337,7 @@ def draw_mix(rows: Sequence[dict], anneal_begins: int, path: Path) -> None:
     axes.axvline(anneal_begins / 1e6, color="gray", ls=":")
     axes.set(xlabel="million tokens read", ylabel="bits per byte, held-out")
     axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -139,7 +139,8 @@ def function_heads(n: int = 200) -> list[str]:
     """First lines of n functions from the held-out code, drawn by seed 0; each line once."""
     heads = {
         line + "\n"
-        for text in source_documents("code", "test")
+        for split in ("validation", "test")
+        for text in source_documents("code", split)
         for line in text.splitlines()
         if re.fullmatch(r"def \w+\(.*\).*:", line) and len(line) <= 100
     }

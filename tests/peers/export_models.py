@@ -1,7 +1,6 @@
 """Step 1 of `make peers`, in the course's environment: write what the peers shall read into a folder.
 
-`python tests/peers/export_models.py FOLDER`: the mini Llamas of checkpoints/ as Hugging Face folders and as GGUF F32 (the base
-is such a folder in the tree already), prompts as ids.
+`python tests/peers/export_models.py FOLDER`: the mini Llama as a Hugging Face folder and as GGUF F32, prompts as ids.
 """
 
 import hashlib
@@ -13,8 +12,6 @@ from llm_from_scratch import formats
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "checkpoints" / "mini-llama3-short"
-BASE = ROOT / "checkpoints" / "mini-llama3-base"
-BASE_PROMPTS = ("ROMEO\n", "Question: What is 47 + 38?\n", "def add(a, b):\n")
 MINI_PROMPTS = ("ROMEO\n", "To be, or not to be, that is", "KING HENRY\nMy lord of Westmoreland, ")
 CHAT_PROMPTS = ("What is the capital of France?", "Name three colours of the rainbow.")
 TEXT = "To be, or not to be, that is the question: Whether 'tis nobler in the mind to suffer"
@@ -22,12 +19,11 @@ STRINGS = (TEXT, "naïve café 12345 ½ 😀", "  two  spaces\n\n\ttab", "don't 
 
 
 def exported(folder: Path) -> dict[str, str]:
-    """Write the models in both formats; the SHA-256 sum of every file."""
+    """Write the mini Llama in both formats; the SHA-256 sum of every file."""
     model, tokenizer = formats.load(MINI)
     formats.save_hugging_face(folder / "mini-hf", model, tokenizer)
     formats.save_gguf(folder / "mini-f32.gguf", model, tokenizer)
-    formats.save_gguf(folder / "base-f32.gguf", *formats.load(BASE))
-    files = [*sorted((folder / "mini-hf").iterdir()), *sorted(folder.glob("*-f32.gguf"))]
+    files = [*sorted((folder / "mini-hf").iterdir()), folder / "mini-f32.gguf"]
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
@@ -35,17 +31,14 @@ def exported(folder: Path) -> dict[str, str]:
 
 
 def inputs() -> dict:
-    """The prompts as ids, by our tokenizers: of the mini Llamas and of SmolLM2."""
-    base = formats.open_checkpoint(BASE).tokenizer
+    """The prompts as ids, by our tokenizers: of the mini Llama and of SmolLM2."""
     mini = formats.open_checkpoint(MINI).tokenizer
     smollm2 = formats.open_checkpoint(formats.smollm2_path()).tokenizer
     chats = [[{"role": "user", "content": text}] for text in CHAT_PROMPTS]
     return {
         "mini": [mini.encode(text, bos=True) for text in MINI_PROMPTS],
-        "base": [base.encode(text, bos=True) for text in BASE_PROMPTS],
         "smollm2": [smollm2.encode(TEXT), *(formats.chat_ids(smollm2, chat) for chat in chats)],
-        "strings": STRINGS,
-        "base folder": str(BASE),
+        "strings": [[text, mini.encode(text), smollm2.encode(text)] for text in STRINGS],
     }
 
 

@@ -53,44 +53,36 @@ def greedy(model, ids: list[int], stop: set[int]) -> dict:
 
 
 def by_transformers(folder: Path, inputs: dict) -> dict:
-    """Logits and greedy text of SmolLM2, read from its GGUF, of our mini Llama, read from our export, and of the base."""
+    """Logits and greedy text of SmolLM2, read from its GGUF, and of our mini Llama, read from our export."""
     gguf = Path(inputs["gguf"])
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
     smollm2 = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
-    folders = {"mini": folder / "mini-hf", "base": Path(inputs["base folder"])}
-    ours = {
-        name: AutoModelForCausalLM.from_pretrained(path, **options)
-        for name, path in folders.items()
-    }
+    mini = AutoModelForCausalLM.from_pretrained(folder / "mini-hf", **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "mini-hf")
     found = {}
-    for name, model, stop in (
-        ("smollm2", smollm2, {0, 2}),
-        *((n, m, set()) for n, m in ours.items()),
-    ):
+    for name, model, stop in (("smollm2", smollm2, {0, 2}), ("mini", mini, set())):
         prompts = inputs[name]
         found[name] = {"ids": prompts[-1], **sampled(logits(model, prompts[-1]))}
         found[name]["greedy"] = [greedy(model, prompt, stop) for prompt in prompts]
-    for name, path in folders.items():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        found[name]["ids_of_strings"] = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in inputs["strings"]
-        ]
+    found["mini"]["ids_of_strings"] = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text, *_ in inputs["strings"]
+    ]
     return found
 
 
-def by_llama_cpp(folder: Path, inputs: dict, name: str) -> dict:
-    """Greedy text of one of our GGUF F32 exports, and the ids of some strings by its tokenizer."""
+def by_llama_cpp(folder: Path, inputs: dict) -> dict:
+    """Greedy text of our GGUF F32 export, and the ids of some strings by its tokenizer."""
     options = {"n_ctx": 256, "verbose": False, "logits_all": False, "type_k": 0, "type_v": 0}
-    model = Llama(str(folder / f"{name}-f32.gguf"), **options)
+    model = Llama(str(folder / "mini-f32.gguf"), **options)
     found = {"greedy": [], "ids_of_strings": []}
-    for prompt in inputs[name]:
+    for prompt in inputs["mini"]:
         new = []
         for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0, top_k=1):
             new.append(int(token))
             if len(new) == STEPS:
                 break
         found["greedy"].append({"prompt": prompt, "new": new})
-    for text in inputs["strings"]:
+    for text, *_ in inputs["strings"]:
         found["ids_of_strings"].append(model.tokenize(text.encode(), add_bos=False, special=False))
     return found
 
@@ -116,8 +108,7 @@ if __name__ == "__main__":
         "made_by": "make peers",
         "sha256": inputs["sha256"],
         "transformers": by_transformers(arguments.folder, inputs),
-        "llama.cpp": by_llama_cpp(arguments.folder, inputs, "mini"),
-        "llama.cpp, base": by_llama_cpp(arguments.folder, inputs, "base"),
+        "llama.cpp": by_llama_cpp(arguments.folder, inputs),
     }
     if arguments.write:
         GOLDEN.write_text(json.dumps(found) + "\n")
