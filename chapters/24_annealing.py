@@ -1047,6 +1047,8 @@ def draw_mix(rows: Sequence[dict], anneal_begins: int, path: Path) -> None:
     plt.close(figure)
 
 
+# %%
+#| export
 def report_mix(directory: Path, recipe: MixRecipe, peak: float, rows: Sequence[dict]) -> None:
     """Write summary.json, samples.txt and curves.png of a finished run of `train_mix`; print the first two."""
     model, tokenizer = pretraining.load(directory)
@@ -1086,6 +1088,12 @@ def report_mix(directory: Path, recipe: MixRecipe, peak: float, rows: Sequence[d
         print("no curves.png: pip install matplotlib for the picture")
 
 
+# %% [markdown]
+# The command is chapter 11's; it only learns of one more recipe, and opens models in every format (chapter 14).
+
+
+# %%
+#| export
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command behind `make train` and `make sample`: chapter 11's, with this chapter's recipes and all formats."""
     more = {name: (recipe, train_mix, report_mix) for name, recipe in MIX_RECIPES.items()}
