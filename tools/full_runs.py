@@ -5,7 +5,9 @@
 Parts "shape" and "rate" (about forty minutes of one core): every model trains on one core for the same seconds, its tokens
 being those seconds times its own speed, which is measured first. Mix and tokenizer are those of `FULL`.
 
-Part "judge" (some minutes) asks the models in checkpoints/, and counters of bytes.
+Part "judge" (some minutes) asks the models in checkpoints/, counters of bytes, and a control: the model of `FULL` with its
+tokenizer and steps, but on plays only. Training that one takes about an hour; runs/full-plays keeps it, and a run that was
+stopped goes on.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -65,6 +68,7 @@ EXTRA = {"plays": 0.6, "arithmetic": 0.2, "code": 0.2}
 MODELS = {
     "full": ROOT / "checkpoints" / "mini-llama3-base",
     "short": ROOT / "checkpoints" / "mini-llama3-short",
+    "plays": ROOT / "runs" / "full-plays",
 }
 CONTENDERS = (*MODELS, "counters")
 
@@ -228,8 +232,23 @@ def can_do(write_sums, write_code) -> dict:
     }
 
 
+def train_control() -> dict:
+    """The model of FULL on plays only, in runs/full-plays: its bits per byte of the plays while it learns, and of those it read."""
+    folder = MODELS["plays"]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(MODELS["full"] / "tokenizer.model", folder)
+    plan = dataclasses.replace(FULL, mix={"plays": 1.0}, extra={"plays": 1.0})
+    model, tokenizer, rows = train_mix(plan, folder)
+    read = bits_by_source(model, tokenizer, pieces(plan.mix, "train"), plan.context)
+    curve = [
+        (r["tokens"], round(r["bits_per_byte"]["plays"], 4)) for r in rows if "bits_per_byte" in r
+    ]
+    return {"curve": curve, "training plays": round(read["plays"], 4)}
+
+
 def judged(contender: str) -> dict:
     """What a contender can do, and its bits per byte of the held-out pieces of every source and of the whole plays."""
+    trained = train_control() if contender == "plays" else {}
     texts = pieces(FULL.mix, "validation") | {"whole plays": [p.text for p in plays("validation")]}
     if contender == "counters":  # one for each source, told which source it is in
         counters = {
@@ -245,7 +264,7 @@ def judged(contender: str) -> dict:
         model, tokenizer = load(MODELS[contender])
         bits = bits_by_source(model, tokenizer, texts, FULL.context)
         done = can_do(*[write_by_model(model, tokenizer)] * 2)
-    return {"bits_per_byte": {k: round(v, 4) for k, v in bits.items()}} | done
+    return {"bits_per_byte": {k: round(v, 4) for k, v in bits.items()}} | done | trained
 
 
 def stored() -> list[dict]:
