@@ -244,8 +244,10 @@ def serve(make: Callable[[int], object], cores: list[int]) -> None:
 class Contender:
     """The other end of `serve`."""
 
-    def __init__(self, name: str, python: str, cores: list[int], script: str = __file__):
-        environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))}
+    def __init__(
+        self, name: str, python: str, cores: list[int], script: str = __file__, **environment: str
+    ):
+        environment = os.environ | {"OMP_NUM_THREADS": str(len(cores))} | environment
         command = [python, script, "--serve", name, "--cores", *map(str, cores)]
         self.process = subprocess.Popen(
             command,

@@ -151,7 +151,7 @@ def main() -> None:
     rows = []
     for number in range(ROUNDS + 1):
         row = {name: n * seconds(call) for name, (call, n, _) in timed.items()}
-        row |= {"the whole step": whole.step()[0], "peak": Machine().limits()}
+        row |= {"the whole step": whole.step()["seconds"], "peak": Machine().limits()}
         rows += [row] if number else []
     middle = {name: sorted(r[name] for r in rows)[len(rows) // 2] for name in rows[0]}
     peak = middle["peak"]

@@ -4,19 +4,21 @@
 backward, clipping by the global norm, AdamW. Every contender is a process of its own that starts from the same weights,
 reads the same tokens, and has the same cores and threads. They wait for each other: a round times one step of each, in
 turn. The table shows medians over the rounds. "8 ×" means that the batch goes through in eight micro-batches, whose
-gradients are added; "2 × 2" that the rows are split over two devices of XLA, a core each, in two micro-batches.
-All losses must agree, or the run stops. Peers come from the environment that --peers names.
+gradients are added; "2 × 2" that the rows are split over two devices of XLA, a core each, in two micro-batches; "kept"
+that the C library keeps freed memory for the next step, as the Makefile tells it to, and does not give it back. All losses must agree, or the run stops. Peers come from the environment that --peers names.
 
 FLOPs are chapter 13's `training_flops`: 6 · matmul weights · tokens, and 12 · H · Dh · L for each pair of a query and a
 key that the causal mask shows; what a program computes twice counts once. The peak is the fastest matrix product, timed
 in each round, the median too. CPU seconds are those of all threads: on a machine that does other work they
-say more than the time that passed.
+say more than the time that passed. Page faults are those of the whole process in a step.
 """
 
 import argparse
 import json
 import os
 import random
+import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -29,14 +31,16 @@ FOLDER = ROOT / "runs" / "bench" / "train"  # the first weights, for the peers
 VOCABULARY, LAYERS, ROWS, CONTEXT = 4096, 8, 16, 256
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 MAIN = (LAYERS, ROWS, CONTEXT)
+SHORT = (4, 2, CONTEXT)  # the step of `make train`, but for its number of heads
 # layers, rows, context: everything else stays, and micro-batches have 512 tokens or one row
 GROWTH = {
     "context": [(LAYERS, ROWS * CONTEXT // t, t) for t in (256, 512, 1024, 2048)],
     "depth": [(layers, ROWS, CONTEXT) for layers in (4, 8, 16)],
     "batch": [(LAYERS, rows, CONTEXT) for rows in (4, 16, 32)],
 }
-GROWING = ("ours, 8 ×", "eager, 8 ×")
+GROWING = ("ours, 8 ×, kept", "eager, 8 ×, kept")
 WARM = 8  # rounds before the first that counts
+SHORT_ROUNDS = 20
 STEPS = 3  # of each growth shape: one to compile, the others count
 
 
@@ -49,6 +53,21 @@ def tokens(rows: int, context: int) -> list[list[int]]:
 def micro_batches(rows: int, context: int) -> int:
     """So many that each has 512 tokens, or one row."""
     return rows // max(1, 512 // context)
+
+
+class Clock:
+    """Seconds, the CPU seconds of all threads, and the page faults since it was made."""
+
+    def __init__(self):
+        self.start = self.now()
+
+    def now(self) -> tuple[float, float, int]:
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return time.perf_counter(), time.process_time(), faults
+
+    def read(self) -> dict[str, float]:
+        used = (b - a for a, b in zip(self.start, self.now(), strict=True))
+        return dict(zip(("seconds", "cpu", "faults"), used, strict=True))
 
 
 class Ours:
@@ -103,14 +122,13 @@ class Ours:
         mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    def step(self) -> tuple[float, float, float]:
-        """Seconds, the CPU seconds of all threads, and the loss."""
+    def step(self) -> dict[str, float]:
+        """What the clock says of a step, and the loss."""
         import jax
 
-        start, cpu = time.perf_counter(), time.process_time()
+        clock = Clock()
         self.state, metrics = jax.block_until_ready(self.run(self.state, self.batch, self.key))
-        used = time.perf_counter() - start, time.process_time() - cpu
-        return *used, float(metrics["loss"])
+        return clock.read() | {"loss": float(metrics["loss"])}
 
 
 class Transformers:
@@ -130,10 +148,13 @@ class Transformers:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         options = {"attn_implementation": "sdpa", "dtype": torch.float32}
-        config = LlamaConfig.from_pretrained(FOLDER, use_cache=False, num_hidden_layers=layers)
-        if layers <= LAYERS:
-            self.model = LlamaForCausalLM.from_pretrained(FOLDER, config=config, **options)
-        else:
+        if (FOLDER / str(layers)).exists():
+            self.model = LlamaForCausalLM.from_pretrained(
+                FOLDER / str(layers), use_cache=False, **options
+            )
+        else:  # growth compares no losses
+            known = FOLDER / str(LAYERS)
+            config = LlamaConfig.from_pretrained(known, use_cache=False, num_hidden_layers=layers)
             self.model = LlamaForCausalLM._from_config(config, **options)
         self.model.train()
         self.run = torch.compile(self.model) if self.compiled else self.model
@@ -148,11 +169,11 @@ class Transformers:
         parts = [x.reshape(n if self.micro else 1, -1, context).contiguous() for x in parts]
         self.parts = list(zip(*parts, strict=True))
 
-    def step(self) -> tuple[float, float, float]:
-        """Seconds, the CPU seconds of all threads, and the loss."""
+    def step(self) -> dict[str, float]:
+        """What the clock says of a step, and the loss."""
         import torch
 
-        start, cpu, total = time.perf_counter(), time.process_time(), 0.0
+        clock, total = Clock(), 0.0
         for ids, targets in self.parts:
             out = self.run(input_ids=ids, labels=targets, shift_labels=targets)
             loss = out.loss / len(self.parts)
@@ -161,7 +182,7 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start, time.process_time() - cpu, total
+        return clock.read() | {"loss": total}
 
 
 class Machine:
@@ -176,8 +197,9 @@ class Machine:
         return 1e9 * max(matmul_peak(size, repeats=16) for size in (512, 1024, 2048))
 
 
+MACHINE, KEPT = "machine", ", kept"
 CONTENDERS = {
-    "machine": lambda threads: Machine(),
+    MACHINE: lambda threads: Machine(),
     "ours, 1 ×": lambda threads: Ours(micro=False),
     "ours, 8 ×": lambda threads: Ours(micro=True),
     "ours, 2 × 2": lambda threads: Ours(micro=True, split=True),
@@ -186,6 +208,13 @@ CONTENDERS = {
     "compiled, 1 ×": lambda threads: Transformers(threads, micro=False, compiled=True),
     "compiled, 8 ×": lambda threads: Transformers(threads, micro=True, compiled=True),
 }
+CONTENDERS |= {name + KEPT: make for name, make in CONTENDERS.items() if name != MACHINE}
+
+
+def memory_habit(name: str) -> str:
+    """What the C library is told about freed memory: the Makefile's setting for the "kept", else nothing."""
+    makefile = (ROOT / "Makefile").read_text()
+    return re.search(r"GLIBC_TUNABLES := (\S+)", makefile)[1] if name.endswith(KEPT) else ""
 
 
 def config(layers: int = LAYERS):
@@ -205,34 +234,34 @@ def model(layers: int = LAYERS):
 
 
 def write_weights() -> None:
-    """The first weights in Hugging Face's format, for the peers."""
+    """The first weights of the two timed models in Hugging Face's format, for the peers."""
     import jax.numpy as jnp
 
     from llm_from_scratch import formats
     from llm_from_scratch.training import named_arrays
 
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    arrays, names = named_arrays(model()), formats.tensor_names(config(), "hugging face")
-    theirs = {names[ours]: arrays[ours] for ours in names}
-    formats.write_safetensors(FOLDER / "model.safetensors", theirs, jnp.float32)
-    formats.write_json(FOLDER / "config.json", formats.hf_config_fields(config(), jnp.float32))
+    for layers in (LAYERS, SHORT[0]):
+        folder, shape = FOLDER / str(layers), config(layers)
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays, names = named_arrays(model(layers)), formats.tensor_names(shape, "hugging face")
+        theirs = {names[ours]: arrays[ours] for ours in names}
+        formats.write_safetensors(folder / "model.safetensors", theirs, jnp.float32)
+        formats.write_json(folder / "config.json", formats.hf_config_fields(shape, jnp.float32))
 
 
-def measure(contenders: list[Contender], rounds: int) -> list[dict]:
+def measure(contenders: list[Contender], rounds: int, task: str) -> list[dict]:
     """One row for each round and contender; the first WARM rounds are thrown away: a process is slow at first."""
     rows = []
     for number in range(1 - WARM, rounds + 1):
         kept = []
         for contender in contenders:
-            row = {"round": number, "contender": contender.name}
-            if contender.name == "machine":
+            row = {"round": number, "contender": contender.name, "task": task}
+            if contender.name == MACHINE:
                 kept.append(row | {"flops": contender.ask("limits")})
             else:
-                seconds, cpu, loss = contender.ask("step")
-                found = {"task": "step", "seconds": seconds, "cpu": cpu, "loss": loss}
-                kept.append(row | found)
+                kept.append(row | contender.ask("step"))
         losses = [row["loss"] for row in kept if "loss" in row]
-        if max(losses) - min(losses) > 0.01:
+        if max(losses) - min(losses) > 0.05:  # rounding grows from step to step
             sys.exit(f"not the same training: losses {losses}")
         print(f"round {number} of {rounds}: loss {losses[0]:.3f}", file=sys.stderr, flush=True)
         rows += kept if number > 0 else []
@@ -251,7 +280,7 @@ def grow(contenders: list[Contender]) -> list[dict]:
             for number in range(STEPS):
                 for contender in contenders:
                     row = {"contender": contender.name, "task": name, "shape": list(shape)}
-                    row["seconds"], row["cpu"], _ = contender.ask("step")
+                    row |= contender.ask("step")
                     rows += [row] if number else []
         print(f"growth with {name}", file=sys.stderr, flush=True)
     return rows
@@ -274,13 +303,21 @@ def table(stored: dict) -> str:
     """The comparison as text."""
     rows, peak = stored["rows"], stored["peak"]
     lines = [f"peak of this run: {peak / 1e9:.0f} GFLOP/s; {stored['threads']} threads; medians"]
-    lines.append(f"{'':15}{'s a step':>10}{'CPU s':>8}{'tokens/s':>10}{'of peak':>9}{'GB':>6}")
+    head = f"{'s a step':>10}{'CPU s':>8}{'faults':>9}{'tokens/s':>10}{'of peak':>9}{'GB':>6}"
+    lines.append(f"{'':21}{head}")
     for name, gigabytes in stored["gigabytes"].items():
-        seconds = median(rows, task="step", contender=name)
-        share = stored["flops"] / seconds / peak
-        rate = ROWS * CONTEXT / seconds
-        cpu = median(rows, "cpu", task="step", contender=name)
-        lines.append(f"{name:15}{seconds:10.2f}{cpu:8.2f}{rate:10.0f}{share:9.0%}{gigabytes:6.2f}")
+        seconds, cpu, faults = (
+            median(rows, field, task="step", contender=name)
+            for field in ("seconds", "cpu", "faults")
+        )
+        share, rate = stored["flops"] / seconds / peak, ROWS * CONTEXT / seconds
+        line = f"{seconds:10.2f}{cpu:8.2f}{faults:9,.0f}{rate:10.0f}{share:9.0%}{gigabytes:6.2f}"
+        lines.append(f"{name:21}{line}")
+    lines.append(f"{SHORT[1]} rows, {SHORT[0]} layers")
+    for name in stored["gigabytes"]:
+        if seconds := median(rows, task="short", contender=name):
+            faults = median(rows, "faults", task="short", contender=name)
+            lines.append(f"{name:21}{seconds:10.3f}{faults:17,.0f}")
     for task in GROWTH:
         lines.append(f"growth with {task}: layers, rows, context; s a step")
         for shape in GROWTH[task]:
@@ -336,24 +373,32 @@ def main() -> None:
         return serve(CONTENDERS[options.serve], options.cores)
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     write_weights()
-    pythons = {n: sys.executable for n in CONTENDERS if n == "machine" or n.startswith("ours")}
+    pythons = {n: sys.executable for n in CONTENDERS if n == MACHINE or n.startswith("ours")}
     if Path(options.peers).exists():
         pythons |= {name: options.peers for name in CONTENDERS if name not in pythons}
     else:
         print(f"no {options.peers}: our own rows only (make peers)", file=sys.stderr)
-    wanted = ("machine", *(options.only or CONTENDERS))
+    wanted = (MACHINE, *(options.only or CONTENDERS))
     pythons = {name: python for name, python in pythons.items() if name.startswith(wanted)}
-    contenders = [Contender(name, python, cores, __file__) for name, python in pythons.items()]
+    contenders = [
+        Contender(name, python, cores, __file__, GLIBC_TUNABLES=memory_habit(name))
+        for name, python in pythons.items()
+    ]
     busy = os.getloadavg()[0]
-    rows = measure(contenders, options.rounds)
-    peak = median(rows, "flops", contender="machine")
+    rows = measure(contenders, options.rounds, "step")
+    peak = median(rows, "flops", contender=MACHINE)
     stored = {"command": COMMAND, "threads": len(cores), "load": busy, "peak": peak}
     stored |= {
         "flops": flops(),
         "flops as": __doc__.strip().rpartition("\n\n")[2].replace("\n", " "),
     }
-    stored["gigabytes"] = {c.name: round(c.gigabytes, 2) for c in contenders if c.name != "machine"}
-    publish(stored | {"rows": rows})  # growth takes as long again and may be interrupted
+    stored["gigabytes"] = {c.name: round(c.gigabytes, 2) for c in contenders if c.name != MACHINE}
+    publish(stored | {"rows": rows})  # the rest takes as long again and may be interrupted
+    small = [c for c in contenders if "1 ×" in c.name]
+    for contender in small:
+        contender.ask("prepare", *SHORT)
+    rows += measure(small, SHORT_ROUNDS, "short")
+    publish(stored | {"rows": rows})
     rows += grow([c for c in contenders if c.name in GROWING])
     for contender in contenders:
         contender.close()
