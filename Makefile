@@ -89,7 +89,7 @@ $(PEERS)/.made: requirements-peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
 
-peers: $(STAMP) $(PEERS)/.made  ## ask transformers and llama.cpp whether the golden files of chapter 14 still hold
+peers: $(STAMP) $(PEERS)/.made  ## ask transformers and llama.cpp whether the golden file of the published models still holds (WRITE=1: make it anew)
 	@$(BIN)/python tests/peers/export_models.py .cache/peers
 	@$(PEERS)/bin/python tests/peers/run_peers.py .cache/peers $(if $(WRITE),--write)
 

@@ -1,6 +1,5 @@
 """Foreign formats: parity with the libraries' own code, round trips, and files that are damaged or mean harm."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -48,11 +47,12 @@ def mini():
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory, mini):
-    """The mini Llama, exported as the peers saw it."""
+def exports(tmp_path_factory):
+    """The mini Llamas, exported as the peers saw them."""
+    import export_models
+
     folder = tmp_path_factory.mktemp("exports")
-    save_hugging_face(folder / "mini-hf", *mini)
-    save_gguf(folder / "mini-f32.gguf", *mini)
+    export_models.export(folder)
     return folder
 
 
@@ -162,11 +162,6 @@ def test_smollm2_logits(smollm2):
     assert compare(smollm2[0], PEERS["transformers"]["smollm2"]) < 1e-3
 
 
-def test_mini_logits(mini):
-    """transformers read our export."""
-    assert compare(mini[0], PEERS["transformers"]["mini"]) < 1e-4
-
-
 @eqx.filter_jit
 def most_likely(model, tokens):
     return model(tokens).argmax(-1)
@@ -187,29 +182,27 @@ def test_smollm2_greedy(smollm2):
         assert greedy_agrees(smollm2[0], golden), golden["smallest_margin"]
 
 
-def test_mini_greedy(mini):
-    """transformers and llama.cpp on our exports, and we, write the same 50 tokens."""
-    cpp = PEERS["llama.cpp"]["greedy"]
-    for golden, other in zip(PEERS["transformers"]["mini"]["greedy"], cpp, strict=True):
-        assert len(golden["new"]) == 50
-        assert golden["new"] == other["new"], golden["smallest_margin"]
-        assert greedy_agrees(mini[0], golden), golden["smallest_margin"]
+@pytest.mark.parametrize(("name", "cpp"), [("mini", "llama.cpp"), ("base", "llama.cpp, base")])
+def test_our_models_are_read_alike_by_all(name, cpp):
+    """transformers on our folders, llama.cpp on our GGUF files, and we: the same logits, 50 tokens and ids of strings."""
+    import export_models
+
+    model, tokenizer = load(export_models.MODELS[name])
+    golden, other = PEERS["transformers"][name], PEERS[cpp]
+    assert compare(model, golden) < 1e-4 and compare(model, other) < 1e-4
+    for a, b in zip(golden["greedy"], other["greedy"], strict=True):
+        assert len(a["new"]) == 50
+        assert a["new"] == b["new"], a["smallest_margin"]
+        assert greedy_agrees(model, a), a["smallest_margin"]
+    wanted = [tokenizer.encode(text) for text in export_models.STRINGS]
+    assert golden["ids_of_strings"] == wanted == other["ids_of_strings"]
 
 
 def test_the_peers_read_what_is_written_now(exports):
-    """The golden file is of these very files; if one changed, run `make peers`."""
-    sums = {
-        name: hashlib.sha256((exports / name).read_bytes()).hexdigest() for name in PEERS["sha256"]
-    }
-    assert sums == PEERS["sha256"]
-
-
-def test_peers_tokenize_our_exports_as_we_do(mini):
+    """The golden file is of these very files; if one changed, run `make peers WRITE=1`."""
     import export_models
 
-    wanted = [mini[1].encode(text) for text in export_models.STRINGS]
-    assert PEERS["transformers"]["mini"]["ids_of_strings"] == wanted
-    assert PEERS["llama.cpp"]["ids_of_strings"] == wanted
+    assert export_models.sums(exports) == PEERS["sha256"]
 
 
 # tokenizers

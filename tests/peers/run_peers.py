@@ -1,7 +1,7 @@
 """Step 2 of `make peers`, in the peers' environment: transformers and llama.cpp on the same weights.
 
 `python tests/peers/run_peers.py FOLDER` compares with tests/golden/formats.json and says what differs; `--write` writes
-it. transformers reads SmolLM2's GGUF by its own code, llama.cpp reads our export. Nothing of ours is imported.
+it. transformers reads SmolLM2's GGUF by its own code and our folders, llama.cpp our GGUF files. Nothing of ours is imported.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "formats.json"
 STEPS = 50
+OURS = ("mini", "base")
 
 
 def logits(model, ids: list[int]) -> np.ndarray:
@@ -28,6 +29,7 @@ def logits(model, ids: list[int]) -> np.ndarray:
 
 def sampled(rows: np.ndarray) -> dict:
     """A part of the logits that is small enough to keep: the best eight of each row, and 24 fixed columns."""
+    rows = rows.astype(float)  # five digits are five digits in JSON then
     top = np.argsort(-rows, axis=1)[:, :8]
     columns = np.linspace(0, rows.shape[1] - 1, 24).astype(int)
     return {
@@ -53,36 +55,40 @@ def greedy(model, ids: list[int], stop: set[int]) -> dict:
 
 
 def by_transformers(folder: Path, inputs: dict) -> dict:
-    """Logits and greedy text of SmolLM2, read from its GGUF, and of our mini Llama, read from our export."""
+    """Logits and greedy text of SmolLM2, read from its GGUF, and of our mini Llamas, read from their folders."""
     gguf = Path(inputs["gguf"])
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    smollm2 = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **options)
-    mini = AutoModelForCausalLM.from_pretrained(folder / "mini-hf", **options)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "mini-hf")
+    load = AutoModelForCausalLM.from_pretrained
+    models = {"smollm2": load(gguf.parent, gguf_file=gguf.name, **options)}
+    models |= {name: load(folder / f"{name}-hf", **options) for name in OURS}
     found = {}
-    for name, model, stop in (("smollm2", smollm2, {0, 2}), ("mini", mini, set())):
-        prompts = inputs[name]
+    for name, model in models.items():
+        prompts, stop = inputs[name], set() if name in OURS else {0, 2}
         found[name] = {"ids": prompts[-1], **sampled(logits(model, prompts[-1]))}
         found[name]["greedy"] = [greedy(model, prompt, stop) for prompt in prompts]
-    found["mini"]["ids_of_strings"] = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text, *_ in inputs["strings"]
-    ]
+    for name in OURS:
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"{name}-hf")
+        found[name]["ids_of_strings"] = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in inputs["strings"]
+        ]
     return found
 
 
-def by_llama_cpp(folder: Path, inputs: dict) -> dict:
-    """Greedy text of our GGUF F32 export, and the ids of some strings by its tokenizer."""
-    options = {"n_ctx": 256, "verbose": False, "logits_all": False, "type_k": 0, "type_v": 0}
-    model = Llama(str(folder / "mini-f32.gguf"), **options)
-    found = {"greedy": [], "ids_of_strings": []}
-    for prompt in inputs["mini"]:
+def by_llama_cpp(folder: Path, inputs: dict, name: str) -> dict:
+    """Logits and greedy text of one of our GGUF F32 exports, and the ids of some strings by its tokenizer."""
+    options = {"n_ctx": 256, "verbose": False, "logits_all": True, "type_k": 0, "type_v": 0}
+    model = Llama(str(folder / f"{name}-f32.gguf"), **options)
+    ids = inputs[name][-1]
+    model.eval(ids)
+    found = {"ids": ids, **sampled(model.scores[: len(ids)]), "greedy": [], "ids_of_strings": []}
+    for prompt in inputs[name]:
         new = []
         for token in model.generate(prompt, temp=0.0, repeat_penalty=1.0, top_k=1):
             new.append(int(token))
             if len(new) == STEPS:
                 break
         found["greedy"].append({"prompt": prompt, "new": new})
-    for text, *_ in inputs["strings"]:
+    for text in inputs["strings"]:
         found["ids_of_strings"].append(model.tokenize(text.encode(), add_bos=False, special=False))
     return found
 
@@ -95,7 +101,7 @@ def differences(stored: object, found: object, where: str = "") -> list[str]:
         pairs = enumerate(zip(stored, found, strict=True))
         return [d for i, (a, b) in pairs for d in differences(a, b, f"{where}/{i}")]
     close = isinstance(stored, float) and isinstance(found, float) and abs(stored - found) < 1e-4
-    return [] if close or stored == found else [f"{where}: {stored!r} stored, {found!r} now"]
+    return [] if close or stored == found else [f"{where}: {stored!r:.60} was, {found!r:.60} is"]
 
 
 if __name__ == "__main__":
@@ -108,7 +114,8 @@ if __name__ == "__main__":
         "made_by": "make peers",
         "sha256": inputs["sha256"],
         "transformers": by_transformers(arguments.folder, inputs),
-        "llama.cpp": by_llama_cpp(arguments.folder, inputs),
+        "llama.cpp": by_llama_cpp(arguments.folder, inputs, "mini"),
+        "llama.cpp, base": by_llama_cpp(arguments.folder, inputs, "base"),
     }
     if arguments.write:
         GOLDEN.write_text(json.dumps(found) + "\n")
