@@ -15,9 +15,9 @@ export JAX_COMPILATION_CACHE_DIR := $(CACHE)
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
 export JAX_PLATFORMS ?= cpu
 export PYTHONHASHSEED := 0
-# Freed memory stays with the process, for the next step; by default the C library gives it back, and every page has to be
-# cleared again (chapter 11, section 16). This is for glibc; elsewhere it does nothing.
-export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+# Freed memory stays with the process, for the next step (chapter 11, section 16): no block has a mapping of its own, the heap's
+# end is not given back, and there is one heap, for others may only have 64 MB and map what is larger. glibc only.
+export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 
 .PHONY: help setup lab test drift check lint run export ledger workbook grade flashcards train sample publish peers ablations bench bench-train clean
 

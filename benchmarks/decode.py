@@ -372,7 +372,9 @@ def main() -> None:
         names |= {"transformers": options.peers, "llama.cpp": options.peers}
     else:
         print(f"no {options.peers}: our own rows only (make peers)", file=sys.stderr)
-    contenders = [Contender(name, python, cores) for name, python in names.items()]
+    contenders = [
+        Contender(name, python, cores, GLIBC_TUNABLES="") for name, python in names.items()
+    ]
     rows = measure(contenders, options.rounds)
     weights = (WEIGHTS / "hf" / "model.safetensors").stat().st_size
     stored = {"command": COMMAND, "threads": len(cores), "bytes": weights, "prompt": PROMPT}

@@ -3,9 +3,12 @@
 `make bench-train` runs it and writes results/train_speed.json and benchmarks/train.png. A step is all of it: forward,
 backward, clipping by the global norm, AdamW. Every contender is a process of its own that starts from the same weights,
 reads the same tokens, and has the same cores and threads. They wait for each other: a round times one step of each, in
-turn. The table shows medians over the rounds. "8 ×" means that the batch goes through in eight micro-batches, whose
-gradients are added; "2 × 2" that the rows are split over two devices of XLA, a core each, in two micro-batches; "kept"
-that the C library keeps freed memory for the next step, as the Makefile tells it to, and does not give it back. All losses must agree, or the run stops. Peers come from the environment that --peers names.
+turn. The table shows medians over the rounds; all losses of a round must agree, or the run stops. Growth with context, depth
+and batch is from two steps each, of weights that need not be the same. Peers come from the environment that --peers names.
+
+"8 ×" means that the batch goes through in eight micro-batches, whose gradients are added; "2 × 2" that the rows are split over
+two devices of XLA, a core each, in two micro-batches; "kept" that the C library keeps freed memory for the next step, as the
+Makefile tells it to, and does not give it back.
 
 FLOPs are chapter 13's `training_flops`: 6 · matmul weights · tokens, and 12 · H · Dh · L for each pair of a query and a
 key that the causal mask shows; what a program computes twice counts once. The peak is the fastest matrix product, timed
@@ -31,7 +34,11 @@ FOLDER = ROOT / "runs" / "bench" / "train"  # the first weights, for the peers
 VOCABULARY, LAYERS, ROWS, CONTEXT = 4096, 8, 16, 256
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 MAIN = (LAYERS, ROWS, CONTEXT)
-SHORT = (4, 2, CONTEXT)  # the step of `make train`, but for its number of heads
+SHORT = (
+    4,
+    2,
+    CONTEXT,
+)  # nearly the step of `make train`, whose heads are wider and whose head is tied
 # layers, rows, context: everything else stays, and micro-batches have 512 tokens or one row
 GROWTH = {
     "context": [(LAYERS, ROWS * CONTEXT // t, t) for t in (256, 512, 1024, 2048)],
@@ -214,7 +221,7 @@ CONTENDERS |= {name + KEPT: make for name, make in CONTENDERS.items() if name !=
 def memory_habit(name: str) -> str:
     """What the C library is told about freed memory: the Makefile's setting for the "kept", else nothing."""
     makefile = (ROOT / "Makefile").read_text()
-    return re.search(r"GLIBC_TUNABLES := (\S+)", makefile)[1] if name.endswith(KEPT) else ""
+    return re.search(r"GLIBC_TUNABLES \?= (\S+)", makefile)[1] if name.endswith(KEPT) else ""
 
 
 def config(layers: int = LAYERS):

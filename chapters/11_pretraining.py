@@ -1721,7 +1721,7 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The prediction holds. Attention takes a quarter of the step for 7 % of its arithmetic: 0.28 seconds more than at the peak. (Some 0.05 of that is arithmetic that we don't count: masked pairs inside the blocks, and the scores computed again.) Then come the feed-forward layers with 0.18 more. AdamW, which people often suspect, is 1 %. The parts add up to almost a fifth more than the whole; we suppose because each of them, alone, writes its results to memory, where in the whole program the next part takes some while they are at hand.
+# The prediction holds. Attention takes a quarter of the step for 7 % of its arithmetic: 0.28 seconds more than at the peak. (Some 0.04 of that is arithmetic that we don't count: masked pairs inside the blocks, and the scores computed again.) Then come the feed-forward layers with 0.18 more. AdamW, which people often suspect, is 1 %. The parts add up to almost a fifth more than the whole; we suppose because each of them, alone, writes its results to memory, where in the whole program the next part takes some while they are at hand.
 #
 # That attention is far slower at arithmetic than the feed-forward layer should not depend on one processor. This checks it on yours, with the shapes of one micro-batch:
 
@@ -1752,42 +1752,52 @@ print(f"attention at less than half the rate of the feed-forward layer: {slow < 
 assert slow < fast / 2
 
 # %% [markdown]
-# What can be done? Chapter 10 leaves out the pairs of blocks that the mask hides whole, and keeps no scores. We tried much else, and most of it did nothing. What helped most was in none of these parts, and no count of arithmetic shows it.
+# What can be done? Chapter 10 leaves out the pairs of blocks that the mask hides whole, and keeps no scores. We tried much else, and most of it did nothing. One thing helped that no count of arithmetic shows. (The times above were taken with it.)
 #
-# When a step ends, its buffers are freed: more than a gigabyte, for one batch of 4,096 tokens. The C library gives blocks of this size back to the kernel at once. The next step asks for as much again, and must not see what some other program left there, so the kernel clears it, page by page of 4 KB, whenever one is touched for the first time. Each such moment is a *page fault*. The remedy is one setting of the C library, and the Makefile has it: keep freed memory, for the next step will want it (`GLIBC_TUNABLES`; only for glibc, which most Linux systems have).
+# When a step ends, the memory of its intermediate results is freed. Programs get memory from `malloc` in the C library, which gets it from the operating system in *pages* of 4 KB. A large block goes back to the operating system as soon as it is freed, and the next step asks for as much again. But nobody may see what another program has left in a page. So when a page is touched for the first time, the operating system steps in, clears it and enters it in the program's table: a *page fault*. The Makefile tells malloc to keep what is freed, in the variable `GLIBC_TUNABLES` (for glibc, the C library of most Linux systems; elsewhere it does nothing). The price: every process that `make` starts, notebooks too, holds the memory of its largest moment until it ends.
 #
-# **Predict:** how many page faults has a step of a process that needs some 1.5 GB, and how much time does the setting save? (We have no prediction of our own: we found it by trying.)
+# **Predict:** a step with one batch of 4,096 tokens takes 1.6 GB. How many page faults has it, and how much time does the setting save? (We have no prediction of our own: we found it by trying.)
 #
-# Here are whole steps, ours and those of the Llama of the transformers library in PyTorch, as it is (*eager*) and after `torch.compile`. They took turns on the same two cores, from the same weights, and had the same losses. "8 ×" means eight micro-batches, "kept" that freed memory was kept; PyTorch got the same setting.
+# Here are whole steps, ours and those of the Llama of the transformers library in PyTorch, as it is (*eager*) and after `torch.compile` in its default mode. They took turns on the same two cores, from the same weights, and had the same losses. "8 ×" means eight micro-batches; "2 × 2" that XLA was told the machine has two devices of one core each (`--xla_force_host_platform_device_count=2`), each of which got half of the rows, in two micro-batches; "kept" that freed memory was kept. PyTorch got the same setting. The seconds are the median of ten rounds, and the quartiles.
 
 # %%
 speed = json.loads((repository / "results" / "train_speed.json").read_text())
 
 
-def middle(name: str, task: str, field: str) -> float:
-    """The median over the rounds of one contender."""
+def measured(name: str, task: str, field: str) -> np.ndarray:
+    """One contender's values, in the order of the rounds."""
     rows = [r for r in speed["rows"] if (r.get("contender"), r.get("task")) == (name, task)]
-    return np.median([r[field] for r in rows])
+    return np.array([r[field] for r in rows])
 
 
-print("                     seconds   page faults   of the peak     GB")
+print("                            seconds    page faults  of the peak     GB")
 for name, gigabytes in speed["gigabytes"].items():
-    seconds, faults = (middle(name, "step", field) for field in ("seconds", "faults"))
-    share = speed["flops"] / seconds / speed["peak"]
-    print(f"{name:21}{seconds:7.2f}{faults:14,.0f}{share:14.0%}{gigabytes:7.2f}")
-print("\nthe step of `make train`: 2 rows, 4 layers")
+    low, middle, high = np.quantile(measured(name, "step", "seconds"), [0.25, 0.5, 0.75])
+    share = speed["flops"] / middle / speed["peak"]
+    print(f"{name:21}{middle:5.2f} [{low:.2f}, {high:.2f}]", end="")
+    print(f"{np.median(measured(name, 'step', 'faults')):11,.0f}{share:13.1%}{gigabytes:7.2f}")
+print("\n2 rows and 4 layers, nearly the step of `make train`; twenty rounds")
 for name in (name for name in speed["gigabytes"] if "1 ×" in name):
-    seconds, faults = (middle(name, "short", field) for field in ("seconds", "faults"))
-    print(f"{name:21}{seconds:7.3f}{faults:14,.0f}")
+    low, middle, high = np.quantile(measured(name, "short", "seconds"), [0.25, 0.5, 0.75])
+    print(f"{name:21}{middle:6.3f} [{low:.3f}, {high:.3f}]", end="")
+    print(f"{np.median(measured(name, 'short', 'faults')):11,.0f}")
+print("\nrounds in which the setting made it faster, and in which ours was ahead of the best rival")
+for task in ("step", "short"):
+    ours, given = (
+        measured("ours, 1 ×, kept", task, "seconds"),
+        measured("ours, 1 ×", task, "seconds"),
+    )
+    rival = measured("compiled, 1 ×, kept", task, "seconds")
+    print(f"{task:6}{(ours < given).sum():3} and {(ours < rival).sum():2} of {len(ours)}")
 
 # %% [markdown]
-# One batch of ours had 241,000 page faults in a step, and the setting takes 23 % of its time away: 1.76 seconds become 1.35. The step of `make train` has 18,700 and takes 14 % less time. It also explains a riddle: without the setting, eight micro-batches are faster than one batch, for the same sums. They use the same pages eight times; once nothing is given back, both take the same time. PyTorch gains less, 3 to 4 % for one batch, and in micro-batches nothing. We suppose that is because it frees its tensors one by one during the step, most of them small enough for the C library to keep anyway.
+# One batch had 241,000 page faults in a step, a gigabyte of pages. The rest of its 1.6 GB is never given back: weights, AdamW's moments, JAX itself. The setting takes 23 % of the step's time away, in ten rounds of ten. The small step takes 14 % less. This was a virtual machine, where page faults are dear; on yours it may be less.
 #
-# In the rows "2 × 2" XLA was told that the machine has two devices of one core each (`--xla_force_host_platform_device_count=2`), and the rows were split between them, in two micro-batches. We suppose that XLA runs many of the small products of attention on one thread, and two devices have two. That is data parallelism, and chapter 25 will need thousands of devices for it.
+# The other rows are less clear. Eight micro-batches use the same pages again and again within a step, and have a sixth of the faults. Two devices have more than half of them, and yet gain 3 % only, which is within the noise. So faults alone do not explain the times. PyTorch gains 3 to 4 % for one batch, and in micro-batches nothing. We suppose that is because it frees its tensors one by one during the step, most of them small enough for the C library to keep anyway.
 #
-# We had aimed at 1.25 times the speed of PyTorch and at 60 % of the peak. The second is reached, by all three of ours with kept memory. The first is not: with kept memory one batch takes as long as the fastest of PyTorch's, compiled and with the same setting (ours was ahead in five rounds of ten), and two devices are 1.07 times as fast (in eight of ten). In micro-batches PyTorch needs less memory, 0.72 GB against our 0.86; for one batch compiled 1.42 against our 1.53. With rows of 2,048 tokens we are at 1.08 times eager, from two steps (`results/train_speed.json`). PyTorch's attention is one hand-written kernel; ours is a loop of XLA programs.
+# We had aimed at 1.25 times the speed of PyTorch and at 60 % of the peak. Two devices reach the second, with the setting and without. All else of ours ends a hair below, and so does the best of PyTorch's. The first is missed. One batch takes as long as PyTorch's, compiled and with the same setting: ahead in five rounds of ten. Two devices were ahead in eight of ten, by 12 to 19 % in five of them and by next to nothing in the rest. The small step is 1.08 times as fast as the compiled one, and ahead in 17 rounds of 20. With rows of 2,048 tokens we took two steps only (`results/train_speed.json`): 1.03 and 1.13 times as fast as eager in the same micro-batches. PyTorch's attention is one routine written by hand; ours is a loop of XLA programs, many of whose products run on one thread. In micro-batches PyTorch needs less memory, 0.72 GB against our 0.86; compiled, for one batch, 1.42 against 1.53.
 #
-# What did nothing, beyond the noise, in whole steps: the gate of the feed-forward layer with a backward pass of its own, head and loss in chunks of 512 rows with the gradient computed on the way, weights stored transposed, loops over heads written out, compiler flags. Each of the first two gains some 5 % when it is timed alone. (These trials were made while this was written, and are not stored.) That is one lesson of this section: time the whole. The other: what a program waits for need not be anything that it computes.
+# What did nothing, beyond the noise, in whole steps, and before we knew of the pages: the gate of the feed-forward layer with a backward pass of its own, head and loss in chunks of 512 tokens with the gradient computed on the way, weights stored transposed, loops over heads written out, compiler flags. Each of the first two gains some 5 % when it is timed alone. (These trials were made while this was written, and are not stored.) That is one lesson of this section: time the whole. The other: a program may be waiting for something that it does not compute.
 #
 # ## 17 Break it
 #

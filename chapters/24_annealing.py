@@ -1135,6 +1135,18 @@ for row in full_runs.stored():
 
 # %% [markdown]
 # A quarter of the rate at which all shapes ran is better, by 0.05. So the table above was made too hot, and with each width its own share of that error: take it as a hint. For width 192 we took 0.00075, between the quarter of the rule (0.0005) and chapter 11's rate at width 256 (0.001). A second round of shapes at the better rate, and sizes up to the hour itself, is what we would do next.
+#
+# Another row was measured when the full run was over: **β₂**, which says over how many steps AdamW averages the squares of gradients, about 100 for 0.99 and 1,000 for 0.999. Marek et al. (2025) advise to count in tokens instead: with 512 tokens a step, 0.99 remembers no more than 51,000. Here is the smallest shape with both, 2,995 steps at half the rate of the rule:
+
+# %%
+for row in full_runs.stored():
+    if row["part"] == "b2":
+        bits_of = row["bits_per_byte"]
+        print(f"β₂ = {row['b2']}: plays {bits_of['plays']:.3f}", end=", ")
+        print(f"mean of all sources {np.mean(list(bits_of.values())):.3f}")
+
+# %% [markdown]
+# On the plays the longer memory is ahead by 0.02, on the mean of all sources by a tenth of that; one seed each. The next full run should try it.
 
 # %% [markdown]
 # ## 11 The full run: what came out
@@ -1172,26 +1184,55 @@ plt.show()
 #
 # The prediction holds (it was written at step 2,000 of 30,000): 1.884, and 24 thousandths less than the plays-only run, which had a quarter of the tokens and a third of the time. Each is one run, and the validation plays have guided our choices. The goal that we had set for this hour, 1.80, is missed.
 #
-# Next, what the model has read, and how much better it knows what it has read. The rivals are 5-gram counters of bytes (chapter 01), one for each source, which has read *all* training text of its source and is told which source it is in; and the short run of chapter 11, which has read plays only.
+# Next, what the model has read, and how much better it knows what it has read. The rivals are 5-gram counters of bytes (chapter 01), one for each source, which has read *all* training text of its source and is told which source it is in; and a *control*, the same model with the same tokenizer and as many steps, which has read plays only.
 
 # %%
 JUDGED = {row["contender"]: row for row in full_runs.stored() if row["part"] == "judge"}
-print(f"{'':10} read: share epochs   training held-out   5-gram  plays only")
+print(f"{'':10} read: share epochs   training held-out   5-gram   control")
 for name, read in summary["read"].items():
     inside, outside = (summary["bits_per_byte"][split][name] for split in ("train", "validation"))
-    counter, short = (JUDGED[c]["bits_per_byte"][name] for c in ("counters", "short"))
+    counter, control = (JUDGED[c]["bits_per_byte"][name] for c in ("counters", "plays"))
     print(
         f"{name:10}     {100 * read['share']:5.1f} %  {read['epochs']:5.2f}  {inside:9.2f}", end=""
     )
-    print(f" {outside:8.2f} {counter:8.2f} {short:11.2f}")
+    print(f" {outside:8.2f} {counter:8.2f} {control:9.2f}")
 assert all(
     summary["bits_per_byte"]["validation"][n] < JUDGED["counters"]["bits_per_byte"][n]
     for n in FULL.mix
     if n != "latin"
 )
+print("\nlead of the base over the 5-gram, over the pieces of a source")
+for name in FULL.mix:
+    counter, base = (JUDGED[c]["by piece"][name] for c in ("counters", "full"))
+    print(f"{name:10}", ledger.interval(np.subtract(counter, base), "bits per byte"))
 
 # %% [markdown]
 # The base is ahead of the short run on every source, the plays included, though by next to nothing there; and of the counters on all but Latin, of which there are 12 kilobytes. On code and documentation the lead over a counter is a few hundredths of a bit: so small a lead may be chance; perhaps two million tokens of code are too few. The gap between the two splits has more than one cause. French (14 epochs) and Latin (22) are known by heart in part, and the 4.6 epochs of the plays may show as well. But only two fifths of code and documentation were read at all, so most of their training pieces were new to the model, too; there the held-out pieces are harder, since they were chosen without known lines. And a third of the held-out sums are in wordings that the training split does not have.
+#
+# CONTROLTEXT
+#
+# Is the mix a good deal for the plays? The control has read 15.4 million tokens of them, each ten times; the base 7 million, each less than five times, and between them everything else. **Predict** which of the two knows the validation plays better. Ours, written before the control was trained: neither, 1.88 both, for its second five epochs are worth little.
+
+# %%
+control = JUDGED["plays"]
+print(f"whole validation plays: base {whole['float32']:.3f}, control", end=" ")
+print(f"{control['bits_per_byte']['whole plays']:.3f}")
+print(f"pieces that the control has read: {control['training plays']:.2f}")
+
+fig, ax = plt.subplots(figsize=(6, 3.5))
+for name, points in {
+    "base": [(row["tokens"], row["bits_per_byte"]["plays"]) for row in judged],
+    "control": control["curve"],
+}.items():
+    read, found = np.array(points).T
+    ax.plot(read / 1e6, found, "o-", ms=3, label=name)
+ax.axvline((FULL.steps - FULL.anneal) * tokens_a_step / 1e6, color="gray", ls=":")
+ax.set(xlabel="million tokens read", ylabel="bits per byte, held-out plays")
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# CONTROLRESULT
 #
 # Bits are not abilities. Two can be counted. *Sums*: 600 test problems of chapter 21's generator, no two with the same numbers, none of whose operands were trained on; greedy decoding; only the number after `Answer:` counts. *Functions*: the first lines of 200 functions of the held-out code, continued for 120 tokens at temperature 0.8 and cut where the indentation ends; Python's parser judges. What would be easy? For the sums, a 5-gram, and the rules of chapter 21. For the functions, anything short: a program that always writes `pass` would be right every time. So a last row counts functions that parse and *do* something, that is, are not only a docstring or `pass`.
 #
@@ -1230,8 +1271,8 @@ right = [
     parse_answer(base_tokenizer.decode(w)) == p.answer
     for w, p in zip(written, problems, strict=True)
 ]
-assert abs(np.mean(right) - JUDGED["full"]["right"] / JUDGED["full"]["sums"]) < 0.25
-print("forty sums made again")
+assert abs(sum(right) - JUDGED["full"]["right of the first forty"]) <= 2  # ties may round otherwise
+print("forty sums made again: as many are right as were stored, give or take two")
 
 # %% [markdown]
 # The ceiling of the functions, and the first lines that are not new, counted:
@@ -1247,15 +1288,13 @@ print(f"real bodies that parse, cut in the same way: {whole} of {len(heads)}")
 print(f"first lines that training code has, too: {sum(head in known for head in heads)}")
 
 # %% [markdown]
-# And what it writes, from the file of the run: the bar ⁞ is where the model takes over.
+# And what it writes, one sample for each source, from the file of the run: the bar ⁞ is where the model takes over.
 
 # %%
-samples = (BASE_MODEL / "samples.txt").read_text().split("\n\n--------\n\n")
-for wanted in ("plays", "bible", "arithmetic", "code"):
-    print(next(text for text in samples if text.startswith(f"[{wanted}]")).strip(), "\n")
+print((BASE_MODEL / "samples.txt").read_text())
 
 # %% [markdown]
-# It has learnt what each kind of text *looks* like: speakers, begats, columns, comments. It does not know what any of it means, and the product is wrong in two digits of its steps. (These are four of the nine samples; in the others a poem becomes a play at the second line, and French and Latin drift into English and code.) That is what a base model is. Chapter 30 onward will teach it.
+# It has learnt what each kind of text *looks* like: speakers, begats, columns, comments. It does not know what any of it means, and the product is wrong in two digits of its steps. A poem becomes a play at the second line, and French and Latin drift into English and code. That is what a base model is. Chapter 30 onward will teach it.
 #
 # ## Break it
 #
@@ -1372,6 +1411,7 @@ for h in (0.1, 1.0, 5.0):
 # - Llama Team: The Llama 3 Herd of Models, §3.1.3, §3.4.1, §3.4.3. <https://arxiv.org/abs/2407.21783>
 # - B. Polyak, A. Juditsky: Acceleration of stochastic approximation by averaging. *SIAM J. Control and Optimization* 30(4), 1992.
 # - P. Izmailov et al.: Averaging weights leads to wider optima and better generalization. <https://arxiv.org/abs/1803.05407>
+# - M. Marek et al.: Small batch size training for language models: when vanilla SGD works, and why gradient accumulation is wasteful. <https://arxiv.org/abs/2507.07101>
 # - N. Muennighoff et al.: Scaling data-constrained language models. <https://arxiv.org/abs/2305.16264>
 # - A. Hägele et al.: Scaling laws and compute-optimal training beyond fixed training durations. <https://arxiv.org/abs/2405.18392>
 # - S. Hu et al.: MiniCPM: unveiling the potential of small language models. <https://arxiv.org/abs/2404.06395>

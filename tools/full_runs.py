@@ -2,7 +2,7 @@
 
 `python tools/full_runs.py` makes the rows that are missing, `--fresh` makes them again.
 
-Parts "shape" and "rate" (about forty minutes of one core): every model trains on one core for the same seconds, its tokens
+Parts "shape", "rate" and "b2" (about forty minutes of one core): every model trains on one core for the same seconds, its tokens
 being those seconds times its own speed, which is measured first. Mix and tokenizer are those of `FULL`.
 
 Part "judge" (some minutes) asks the models in checkpoints/, counters of bytes, and a control: the model of `FULL` with its
@@ -73,7 +73,7 @@ MODELS = {
 CONTENDERS = (*MODELS, "counters")
 
 
-def recipe(shape: str, steps: int, factor: float = 1.0):
+def recipe(shape: str, steps: int, factor: float = 1.0, b2: float = 0.99):
     """FULL with another shape, length and mix, its rate falling with the width, times a factor."""
     width, layers = SHAPES[shape]
     model = mini_llama(width, layers, 4, 2, 8 * (width // 3), 256)
@@ -84,6 +84,7 @@ def recipe(shape: str, steps: int, factor: float = 1.0):
         warmup=max(20, steps // 40),
         anneal=steps * 2 // 5,
         peak=RATE * factor * 256 / width,
+        b2=b2,
         eval_every=0,
         checkpoint_every=0,
         mix=MIX,
@@ -113,7 +114,7 @@ def speed(shape: str) -> float:
     return 1 / sorted(seconds[6:])[10]
 
 
-def shape_row(shape: str, seconds: int, factor: float = 1.0) -> dict:
+def shape_row(shape: str, seconds: int, factor: float = 1.0, b2: float = 0.99) -> dict:
     """One model, trained for so many seconds by its own speed; at another rate, for as many steps as at the first."""
     same = (
         r
@@ -121,7 +122,7 @@ def shape_row(shape: str, seconds: int, factor: float = 1.0) -> dict:
         if r["part"] == "shape" and r["shape"] == shape and r["seconds"] == seconds
     )
     steps = int(seconds * speed(shape)) if factor == 1 else next(same)["steps"]
-    plan = recipe(shape, steps, factor)
+    plan = recipe(shape, steps, factor, b2)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokens").symlink_to(CORPUS / "tokens")
@@ -224,6 +225,7 @@ def can_do(write_sums, write_code) -> dict:
     return {
         "sums": len(problems),
         "right": sum(right),
+        "right of the first forty": sum(right[:40]),
         "new": sum(new),
         "right new": sum(r for r, n in zip(right, new, strict=True) if n),
         "functions": len(heads),
@@ -255,16 +257,24 @@ def judged(contender: str) -> dict:
             name: NGram(5).fit([t.encode() for t in source_documents(name)]) for name in FULL.mix
         }
         counters["whole plays"] = counters["plays"]
-        bits = {
-            name: model_bits(counters[name], [t.encode() for t in found])
-            for name, found in texts.items()
-        }
-        done = can_do(write_by_counter(counters["arithmetic"]), write_by_counter(counters["code"]))
+        write = [write_by_counter(counters[name]) for name in ("arithmetic", "code")]
+
+        def bits(name: str, found: list[str]) -> float:
+            return round(model_bits(counters[name], [t.encode() for t in found]), 4)
+
     else:
         model, tokenizer = load(MODELS[contender])
-        bits = bits_by_source(model, tokenizer, texts, FULL.context)
-        done = can_do(*[write_by_model(model, tokenizer)] * 2)
-    return {"bits_per_byte": {k: round(v, 4) for k, v in bits.items()}} | done | trained
+        write = [write_by_model(model, tokenizer)] * 2
+
+        def bits(name: str, found: list[str]) -> float:
+            return round(bits_by_source(model, tokenizer, {name: found}, FULL.context)[name], 4)
+
+    return {
+        "bits_per_byte": {name: bits(name, found) for name, found in texts.items()},
+        "by piece": {name: [bits(name, [text]) for text in texts[name]] for name in FULL.mix},
+        **can_do(*write),
+        **trained,
+    }
 
 
 def stored() -> list[dict]:
@@ -275,9 +285,13 @@ def stored() -> list[dict]:
 PLAN = [
     *({"part": "shape", "seconds": s, "shape": x} for s, names in BUDGETS.items() for x in names),
     *({"part": "rate", "seconds": 100, "shape": "128x4", "factor": f} for f in (0.125, 0.25, 0.5)),
+    *(
+        {"part": "b2", "seconds": 100, "shape": "64x3", "factor": 0.5, "b2": b2}
+        for b2 in (0.99, 0.999)
+    ),
     *({"part": "judge", "contender": name} for name in CONTENDERS),
 ]
-MAKE = {"shape": shape_row, "rate": shape_row, "judge": judged}
+MAKE = {"shape": shape_row, "rate": shape_row, "b2": shape_row, "judge": judged}
 
 
 def main() -> None:

@@ -60,6 +60,7 @@ def abilities() -> str:
         return "Not measured yet: `python tools/full_runs.py --part judge`.\n"
     names = {
         "full": "this model",
+        "plays": "the same, trained on plays only",
         "short": "mini-llama3-short (plays only)",
         "counters": "5-grams of bytes",
     }
