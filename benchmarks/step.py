@@ -1,9 +1,10 @@
 """Where the time of a training step goes: the parts of the step of train.py, each compiled and timed alone.
 
 `make bench-train` runs it after train.py and writes results/step_parts.json; chapter 11 reads it. The step is ours with
-eight micro-batches of 512 tokens, with the Makefile's setting for freed memory. A part is timed forward and backward together, as often as the step needs it. Embedding,
-sums on the residual stream and copies are no part. The parts need not add up to the whole: one alone may be faster or slower
-than inside it, where XLA joins it with its neighbours. Each round times every part once; medians count.
+eight micro-batches of 512 tokens, with the Makefile's setting for freed memory. A part is timed forward and backward
+together, as often as the step needs it. Embedding, sums on the residual stream and copies are no part. The parts need not
+add up to the whole: one alone may be faster or slower than inside it, where XLA joins it with its neighbours. Each round
+times every part once; medians count.
 """
 
 import json

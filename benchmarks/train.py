@@ -34,11 +34,8 @@ FOLDER = ROOT / "runs" / "bench" / "train"  # the first weights, for the peers
 VOCABULARY, LAYERS, ROWS, CONTEXT = 4096, 8, 16, 256
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 MAIN = (LAYERS, ROWS, CONTEXT)
-SHORT = (
-    4,
-    2,
-    CONTEXT,
-)  # nearly the step of `make train`, whose heads are wider and whose head is tied
+# nearly the step of `make train`, whose attention heads are wider and whose output head is tied
+SHORT = (4, 2, CONTEXT)
 # layers, rows, context: everything else stays, and micro-batches have 512 tokens or one row
 GROWTH = {
     "context": [(LAYERS, ROWS * CONTEXT // t, t) for t in (256, 512, 1024, 2048)],
