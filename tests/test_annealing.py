@@ -27,12 +27,14 @@ from llm_from_scratch.annealing import (
     train_mix,
 )
 from llm_from_scratch.data_mix import SOURCES, MixedBatches, TokenFile, source_documents
-from llm_from_scratch.pretraining import make_optimizer, skip_spikes
+from llm_from_scratch.llama import Llama
+from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss, skip_spikes
 from llm_from_scratch.training import TrainState, checkpoints, fit, train_state
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import annealing_runs
 import full_runs
+import lever_runs
 
 
 class Line(eqx.Module):
@@ -453,3 +455,37 @@ def test_full_rows_are_the_planned_ones():
     rows = full_runs.stored()
     assert len(rows) == len(full_runs.PLAN)
     assert all(keys.items() <= row.items() for keys, row in zip(full_runs.PLAN, rows, strict=True))
+
+
+def test_levers_are_all_there():
+    assert [
+        {k: row[k] for k in ("change", "seed")} for row in lever_runs.stored()
+    ] == lever_runs.PLAN
+
+
+def test_dropout_drops_in_training_only():
+    """Every key gives another loss, and their mean is near the loss without dropout; rate 0 is no dropout."""
+    model = Llama(mini_llama(16, 2, 2, 1, 32, 32), key=jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 4000)
+    batch = {"tokens": tokens, "targets": tokens[:, ::-1], "segments": jnp.zeros_like(tokens)}
+    without = next_token_loss(model, batch)[0]
+    assert lever_runs.dropout_loss(0.0)(model, batch, jax.random.key(0))[0] == without
+    keys = jax.random.split(jax.random.key(2), 20)
+    losses = [float(lever_runs.dropout_loss(0.5)(model, batch, key)[0]) for key in keys]
+    assert len(set(losses)) == 20
+    assert np.mean(losses) == pytest.approx(float(without), rel=0.01)
+
+
+def test_muon_orthogonalises_the_matrices_and_leaves_the_rest_to_adam():
+    model = Llama(mini_llama(16, 1, 2, 1, 32, 32), key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_array)
+    optimizer = lever_runs.muon(0.01, decay=0.0)
+    state = optimizer.init(params)
+    grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
+        for _ in range(2):  # the first step of the warm-up has rate zero
+            update, state = optimizer.update(grads, state, params)
+    sizes = np.linalg.svd(np.asarray(update.blocks[0].attention.w_query), compute_uv=False)
+    assert sizes.max() < 2 * sizes.min()  # those of the gradient differ more than tenfold
+    moved = np.abs(np.asarray(update.embedding))
+    assert np.isclose(moved, moved.mean(), rtol=0.01).mean() > 0.99  # Adam: steps of equal size

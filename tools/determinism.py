@@ -2,8 +2,10 @@
 
 `python tools/determinism.py` trains three times for 800 steps, about six minutes on two cores: twice without a pause, and once
 killed three times with SIGKILL, each time started again. The three logs must agree in every field but those read off a clock.
+`--steps 8000` does the whole recipe, about an hour.
 """
 
+import argparse
 import json
 import os
 import random
@@ -15,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS = 800
 CLOCKS = ("seconds", "tokens_per_second")
 COMMAND = [sys.executable, "-c", "from llm_from_scratch.annealing import main; main()"]
 
@@ -44,14 +45,21 @@ def train_until(folder: Path, step: int) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=800, help="how many, from 300 on")
+    steps = parser.parse_args().steps
+    if steps < 300:
+        parser.error(
+            f"--steps must be at least 300, for three kills after the first checkpoint, got {steps}"
+        )
     folder = Path(tempfile.mkdtemp())
-    kills = sorted(random.Random(0).sample(range(210, STEPS - 10), 3))
-    plan = {"one": [STEPS], "two": [STEPS], "killed": [*kills, STEPS]}
+    kills = sorted(random.Random(0).sample(range(210, steps - 10), 3))
+    plan = {"one": [steps], "two": [steps], "killed": [*kills, steps]}
     logs = {}
     for name, moments in plan.items():
         for step in moments:
             train_until(folder / name, step)
-        logs[name] = [row for row in rows(folder / name) if row["step"] <= STEPS]
+        logs[name] = [row for row in rows(folder / name) if row["step"] <= steps]
         print(name, "killed at", moments, "with", len(logs[name]), "rows", flush=True)
     for name in ("two", "killed"):
         unequal = sum(a != b for a, b in zip(logs["one"], logs[name], strict=True))

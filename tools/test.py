@@ -16,6 +16,7 @@ from pathlib import Path
 from course import ROOT, CourseError, select
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
+TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile"]  # most of a test's time is one thread, compiling
 DRIFT = ("AVX2", "SSE4_2")  # instruction sets that XLA is held to
 
 
@@ -59,7 +60,7 @@ def main(chapter: str | None, drift: bool = False) -> int:
             os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_max_isa={name}"
             codes.append(notebooks(paths))
         return int(any(codes))
-    tests = ["tests"]
+    tests = [*TWO_AT_ONCE, "tests"]
     if chapter:
         modules = [s.stem[3:] for s in scripts]
         modules += ["ledger"] * ("datasets" in modules)  # chapter 00 exports both

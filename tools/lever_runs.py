@@ -1,0 +1,164 @@
+"""Make chapter 24's stored runs on what would lower the loss of the plays, into results/levers.json.
+
+`python tools/lever_runs.py` makes the rows that are missing (about fifty minutes of one core), `--fresh` makes them again,
+`--only` some of them. The smallest model of `full_runs`, half its rate, on plays only: with more or less text, and with each of
+some changes that are said to help when text is scarce.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import optax
+
+from llm_from_scratch.annealing import FULL, annealed
+from llm_from_scratch.data_mix import MixedBatches, TokenFile, source_documents, write_tokens
+from llm_from_scratch.datasets import plays
+from llm_from_scratch.formats import load
+from llm_from_scratch.llama import Llama
+from llm_from_scratch.pretraining import (
+    make_optimizer,
+    mini_llama,
+    model_bits_per_byte,
+    next_token_loss,
+)
+from llm_from_scratch.training import fit
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "levers.json"
+COMMAND = ".venv/bin/python tools/lever_runs.py"
+BASE_MODEL = ROOT / "checkpoints" / "mini-llama3-base"
+STEPS, WARMUP, PEAK = 3_000, 75, 0.003
+SEEDS = range(3)
+LEVERS = {  # what is changed against the second: a quarter of the plays, 3,000 steps
+    "an eighth of the plays": {"part": 8},
+    "a quarter": {},
+    "a half": {"part": 2},
+    "all": {"part": 1},
+    "every second row from the Bible": {"shares": {"plays": 0.5, "bible": 0.5}},
+    "twice the steps": {"steps": 2 * STEPS},
+    "weight decay 0.3": {"decay": 0.3},
+    "dropout 0.1": {"dropout": 0.1},
+    "Muon": {"muon": 0.01},
+}
+PLAN = [{"change": change, "seed": seed} for change in LEVERS for seed in SEEDS]
+
+
+class Dropped(eqx.Module):
+    """A part of a layer, each number of whose output is dropped with probability `rate`, the rest made larger."""
+
+    part: eqx.Module
+    key: jax.Array
+    rate: float = eqx.field(static=True)
+
+    def __call__(self, *inputs):
+        found = self.part(*inputs)
+        out, *more = found if isinstance(found, tuple) else (found,)
+        out = eqx.nn.Dropout(self.rate)(out, key=self.key)
+        return (out, *more) if more else out
+
+
+def dropout_loss(rate: float):
+    """`next_token_loss` with dropout on what attention and feed-forward layers add to the stream."""
+
+    def parts(model):
+        return [part for block in model.blocks for part in (block.attention, block.feed_forward)]
+
+    def loss(model, batch, key):
+        keys = jax.random.split(key, len(parts(model)))
+        dropped = [Dropped(part, k, rate) for part, k in zip(parts(model), keys, strict=True)]
+        return next_token_loss(eqx.tree_at(parts, model, dropped), batch)
+
+    return loss
+
+
+def muon(peak: float, decay: float) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, optax's AdamW for the rest, with the clipping and warm-up of the others. Jordan et al. 2024."""
+
+    def matrices(params):
+        dimensions = optax.contrib.MuonDimensionNumbers()
+        inside = lambda path, x: x.ndim == 2 and "blocks" in jax.tree_util.keystr(path)  # noqa: E731
+        pick = lambda path, x: dimensions if inside(path, x) else None  # noqa: E731
+        return jax.tree_util.tree_map_with_path(pick, params)
+
+    rate, adam_rate = (optax.linear_schedule(0.0, p, WARMUP) for p in (peak, PEAK))
+    update = optax.contrib.muon(
+        rate,
+        weight_decay=decay,
+        adam_b2=FULL.b2,
+        adam_weight_decay=decay,
+        adam_learning_rate=adam_rate,
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), update)
+
+
+def lever_row(change: str, seed: int) -> dict:
+    """One model trained; its bits per byte of the whole validation plays, and of what it has read."""
+    options = {"part": 4, "steps": STEPS, "decay": 0.1, "dropout": 0.0, "muon": None}
+    options |= {"shares": {"plays": 1.0}} | LEVERS[change]
+    steps, decay = options["steps"], options["decay"]
+    optimizer = make_optimizer(
+        steps=steps, peak=PEAK, warmup=WARMUP, floor=1.0, weight_decay=decay, b2=FULL.b2
+    )
+    if options["muon"]:
+        optimizer = muon(options["muon"], decay)
+    _, tokenizer = load(BASE_MODEL)
+    texts = [play.text for play in plays("train")][:: options["part"]]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name in options["shares"]:
+            path = Path(folder) / f"{name}.tokens"
+            write_tokens(path, texts if name == "plays" else source_documents(name), tokenizer)
+            files[name] = TokenFile.open(path, tokenizer)
+        batches = MixedBatches(files, [(0, options["shares"])], FULL.batch, FULL.context, seed)
+        state, rows = fit(
+            Llama(mini_llama(64, 3, 4, 2, 168, FULL.context), key=jax.random.key(seed)),
+            dropout_loss(options["dropout"]) if options["dropout"] else next_token_loss,
+            batches,
+            annealed(optimizer, steps=steps, anneal=steps * 2 // 5),
+            steps=steps,
+            seed=seed,
+        )
+        unique = len(files["plays"].ids)
+    judge = lambda found: round(  # noqa: E731
+        model_bits_per_byte(state.model, tokenizer, found, context=FULL.context), 4
+    )
+    return {
+        "unique": unique,
+        "tokens": rows[-1]["tokens"],
+        "bits_per_byte": judge([play.text for play in plays("validation")]),
+        "read": judge([text[10_000:20_000] for text in texts]),
+        "took": round(time.perf_counter() - start),
+    }
+
+
+def stored() -> list[dict]:
+    """The rows of results/levers.json."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="also make the rows that are there")
+    parser.add_argument("--only", nargs="+", choices=LEVERS, metavar="CHANGE", help="these changes")
+    options = parser.parse_args()
+    for keys in PLAN:
+        there = any(keys.items() <= row.items() for row in stored())
+        if keys["change"] not in (options.only or LEVERS) or there and not options.fresh:
+            continue
+        new = keys | lever_row(**keys)
+        rows = [row for row in stored() if not keys.items() <= row.items()] + [new]
+        rows.sort(key=lambda row: PLAN.index({k: row[k] for k in keys}))
+        body = ",\n".join("  " + json.dumps(row) for row in rows)
+        RESULTS.write_text(f'{{"command": "{COMMAND}",\n "rows": [\n{body}\n]}}\n')
+        print(new, flush=True)
+
+
+if __name__ == "__main__":
+    main()
