@@ -196,9 +196,16 @@ def test_keyboard_interrupt_saves(tmp_path, place):
     assert bits(again) == bits(state) and untimed(same) == untimed(rows)
 
 
-def test_ctrl_c_waits_for_the_step(tmp_path):
+@pytest.fixture
+def usual_ctrl_c():
+    """Python's own handler of SIGINT, which a worker of pytest-xdist does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_the_step(tmp_path, usual_ctrl_c):
     """A real SIGINT in the middle of drawing a batch: the step is finished, saved, and then we stop."""
-    before = signal.getsignal(signal.SIGINT)
 
     def stopping(cursor):
         if cursor == 4:
@@ -208,7 +215,7 @@ def test_ctrl_c_waits_for_the_step(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(directory=tmp_path, batches=stopping)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000005"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is usual_ctrl_c
 
 
 def test_interrupted_in_the_middle_of_a_step(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Make chapter 24's stored runs on what would lower the loss of the plays, into results/levers.json.
 
-`python tools/lever_runs.py` makes the rows that are missing (about fifty minutes of one core), `--fresh` makes them again,
+`python tools/lever_runs.py` makes the rows that are missing (about eighty minutes of one core), `--fresh` makes them again,
 `--only` some of them. The smallest model of `full_runs`, half its rate, on plays only: with more or less text, and with each of
 some changes that are said to help when text is scarce.
 """
@@ -21,6 +21,7 @@ from llm_from_scratch.datasets import plays
 from llm_from_scratch.formats import load
 from llm_from_scratch.llama import Llama
 from llm_from_scratch.pretraining import (
+    decayed,
     make_optimizer,
     mini_llama,
     model_bits_per_byte,
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "levers.json"
 COMMAND = ".venv/bin/python tools/lever_runs.py"
 BASE_MODEL = ROOT / "checkpoints" / "mini-llama3-base"
-STEPS, WARMUP, PEAK = 3_000, 75, 0.003
+STEPS, WARMUP, RATE = 3_000, 75, 0.003
 SEEDS = range(3)
 LEVERS = {  # what is changed against the second: a quarter of the plays, 3,000 steps
     "an eighth of the plays": {"part": 8},
@@ -40,10 +41,15 @@ LEVERS = {  # what is changed against the second: a quarter of the plays, 3,000 
     "a half": {"part": 2},
     "all": {"part": 1},
     "every second row from the Bible": {"shares": {"plays": 0.5, "bible": 0.5}},
+    "half the steps": {"steps": STEPS // 2},
     "twice the steps": {"steps": 2 * STEPS},
-    "weight decay 0.3": {"decay": 0.3},
     "dropout 0.1": {"dropout": 0.1},
-    "Muon": {"muon": 0.01},
+    "weight decay 0.3": {"decay": 0.3},
+    "β₂ 0.999": {"b2": 0.999},
+    "half the rate": {"rate": RATE / 2},
+    "twice the rate": {"rate": 2 * RATE},
+    "Muon": {"muon": True},
+    "Muon, twice the rate": {"muon": True, "rate": 2 * RATE},
 }
 PLAN = [{"change": change, "seed": seed} for change in LEVERS for seed in SEEDS]
 
@@ -76,37 +82,35 @@ def dropout_loss(rate: float):
     return loss
 
 
-def muon(peak: float, decay: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, optax's AdamW for the rest, with the clipping and warm-up of the others. Jordan et al. 2024."""
+def muon(rate: float, b2: float, decay: float) -> optax.GradientTransformation:
+    """`make_optimizer` at a constant rate, with Muon in AdamW's place for the matrices of the layers.
 
-    def matrices(params):
-        dimensions = optax.contrib.MuonDimensionNumbers()
-        inside = lambda path, x: x.ndim == 2 and "blocks" in jax.tree_util.keystr(path)  # noqa: E731
-        pick = lambda path, x: dimensions if inside(path, x) else None  # noqa: E731
-        return jax.tree_util.tree_map_with_path(pick, params)
+    Muon's steps have a root mean square of 0.2 times the rate, as AdamW's usually have. Jordan et al. 2024; Liu et al. 2025.
+    """
 
-    rate, adam_rate = (optax.linear_schedule(0.0, p, WARMUP) for p in (peak, PEAK))
-    update = optax.contrib.muon(
-        rate,
-        weight_decay=decay,
-        adam_b2=FULL.b2,
-        adam_weight_decay=decay,
-        adam_learning_rate=adam_rate,
-        muon_weight_dimension_numbers=matrices,
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), update)
+    def method(path, weights):
+        inside = weights.ndim == 2 and "blocks" in jax.tree_util.keystr(path)
+        return "muon" if inside else "adamw"
+
+    warm = optax.linear_schedule(0.0, rate, WARMUP)
+    methods = {
+        "muon": optax.contrib.muon(warm, weight_decay=decay, consistent_rms=0.2),
+        "adamw": optax.adamw(warm, b2=b2, weight_decay=decay, mask=decayed),
+    }
+    both = optax.partition(methods, lambda params: jax.tree_util.tree_map_with_path(method, params))
+    return optax.chain(optax.clip_by_global_norm(1.0), both)
 
 
 def lever_row(change: str, seed: int) -> dict:
     """One model trained; its bits per byte of the whole validation plays, and of what it has read."""
-    options = {"part": 4, "steps": STEPS, "decay": 0.1, "dropout": 0.0, "muon": None}
-    options |= {"shares": {"plays": 1.0}} | LEVERS[change]
-    steps, decay = options["steps"], options["decay"]
+    options = {"part": 4, "shares": {"plays": 1.0}, "steps": STEPS, "dropout": 0.0, "muon": False}
+    options |= {"rate": RATE, "b2": FULL.b2, "decay": FULL.weight_decay} | LEVERS[change]
+    steps, rate, b2, decay = (options[name] for name in ("steps", "rate", "b2", "decay"))
     optimizer = make_optimizer(
-        steps=steps, peak=PEAK, warmup=WARMUP, floor=1.0, weight_decay=decay, b2=FULL.b2
+        steps=steps, peak=rate, warmup=WARMUP, floor=1.0, weight_decay=decay, b2=b2
     )
     if options["muon"]:
-        optimizer = muon(options["muon"], decay)
+        optimizer = muon(rate, b2, decay)
     _, tokenizer = load(BASE_MODEL)
     texts = [play.text for play in plays("train")][:: options["part"]]
     start = time.perf_counter()
