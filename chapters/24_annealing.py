@@ -1329,7 +1329,7 @@ plt.show()
 # %% [markdown]
 # The dots are single runs, the line joins the means. Every run reads as many tokens, the left ones each play six times, the right ones once. Each doubling of the text gains about 0.10 bits per byte, and we see no bend. The missing 0.084 are 0.84 of such doublings, that is $2^{0.84} = 1.8$ times as many plays, and Shakespeare has written no more of them.
 #
-# Don't trust the second digit. The intervals are over seeds, and the plays of a part are the same in each: every eighth, fourth or second by the alphabet, 16, 27 and 49 % of the tokens. The base has six times as many weights and reads ten times as many tokens; its slope may be another.
+# Don't trust the second digit. The intervals are over seeds, and the plays of a part are the same in each: every eighth, fourth or second by the alphabet, 16, 27 and 49 % of the tokens; the tokenizer has read all of them in every run. The base has six times as many weights and reads ten times as many tokens; its slope may be another.
 #
 # Now the other changes, against the quarter. AdamW divides each number of the averaged gradient by its usual size. *Muon* (Jordan et al. 2024) treats the averaged gradient of a weight matrix as a whole: a few matrix products bring its singular values near one, so that all directions move about equally far. It does so for the matrices in the layers; embedding and gains keep AdamW. With the scale of Liu et al. (2025) rate and decay can stay as they are.
 
