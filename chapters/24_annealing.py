@@ -1298,7 +1298,7 @@ print((BASE_MODEL / "samples.txt").read_text())
 #
 # ## 12 What would 1.80 have taken?
 #
-# The base misses the goal by 0.084. An hour for each remedy is too much, so we ask the smallest shape of section 10. It reads plays only, 3,000 steps of 512 tokens at a rate of 0.003 (half of that section's rule), falling to zero in the last 40 %. The run that all others are compared with reads a *quarter* of the plays, each about four times, much as the base reads all of them. The others differ in one thing. There are three seeds of each, and the whole validation plays judge.
+# The base misses the goal by 0.084. An hour for each remedy is too much, so we ask the smallest shape of section 10. It reads plays only, 3,000 steps of 512 tokens at a rate of 0.003 (half of that section's rule), falling to zero in the last 40 %. The run that all others are compared with reads a *quarter* of the plays, each about four times, much as the base reads all of them. The others differ in one thing. There are three seeds of each, and the whole validation plays judge. The 42 runs are stored in `results/levers.json`; `tools/lever_runs.py` makes them.
 #
 # **Predict** which gains most: twice as many plays, twice the steps, the Bible in every second row, dropout, three times the weight decay, β₂ = 0.999, another rate, or another optimiser? We had seen single runs of most of these, and have nothing to predict. Text first.
 
@@ -1327,7 +1327,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The dots are single runs, the line joins the means. Every run reads as many tokens, the left ones each play six times, the right ones once. Each doubling of the text gains about 0.10 bits per byte, and we see no bend. The missing 0.084 are 0.84 of such doublings, that is $2^{0.84} = 1.8$ times as many plays, and Shakespeare has written no more of them.
+# The dots are single runs, the line joins the means. Every run reads as many tokens, the left ones each play six times, the right ones once. Each doubling of the text gains about 0.10 bits per byte, and we see no bend. The missing 0.084 are 0.84 of such doublings, that is $2^{0.84} = 1.8$ times as many plays, and but for those held out Shakespeare has written no more of them.
 #
 # Don't trust the second digit. The intervals are over seeds, and the plays of a part are the same in each: every eighth, fourth or second by the alphabet, 16, 27 and 49 % of the tokens; the tokenizer has read all of them in every run. The base has six times as many weights and reads ten times as many tokens; its slope may be another.
 #
@@ -1371,7 +1371,7 @@ print(
 )
 
 # %% [markdown]
-# So the base, with its 512 tokens a step, would make about half as many steps in the hour (timed once, 165 ms a step in place of 86), or would have to read far more tokens in each. Whether Muon is still ahead then, we have not tried.
+# If these products run as fast as the rest, the base, with its 512 tokens a step, would make half as many steps in the hour, or would have to read far more tokens in each. Whether Muon is still ahead then, we have not tried.
 #
 # Of all that we tried, more plays gain most, and there are no more. Against the quarter, Muon is the only other gain clear of zero: half of what the base lacks, if it carried over in full. Whether anything brings this base to 1.80 in an hour is open.
 #

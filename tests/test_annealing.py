@@ -463,7 +463,7 @@ def test_levers_are_all_there():
     ] == lever_runs.PLAN
 
 
-def test_dropout_drops_in_training_only():
+def test_dropout_is_random_and_right_on_average():
     """Every key gives another loss, and their mean is near the loss without dropout; rate 0 is no dropout."""
     model = Llama(mini_llama(16, 2, 2, 1, 32, 32), key=jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 4000)
