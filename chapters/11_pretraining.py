@@ -771,8 +771,8 @@ assert same
 # %% [markdown]
 # Steps 4 and 5 were computed twice, with the same batches and the same result, and their first rows were cut from the log.
 # `make train` does this with the real recipe: Ctrl-C or a power cut at any moment, and the next `make train` continues. The tests
-# kill a small recipe at random moments and compare the final weights bit for bit. `tools/determinism.py` kills the real command
-# in its first 800 steps, three times; of its 81 log rows none differed from those of an undisturbed run when this was written.
+# kill a small recipe at random moments and compare the final weights bit for bit. `tools/determinism.py --steps 8000` kills the
+# real command three times on its way; of its 801 log rows none differed from those of an undisturbed run when this was written.
 #
 # ## 10 Writing
 #
