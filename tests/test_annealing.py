@@ -26,7 +26,14 @@ from llm_from_scratch.annealing import (
     rule_prompts,
     train_mix,
 )
-from llm_from_scratch.data_mix import SOURCES, MixedBatches, TokenFile, source_documents
+from llm_from_scratch.data_mix import (
+    SOURCES,
+    MixedBatches,
+    TokenFile,
+    long_lines,
+    source_documents,
+    trained_lines,
+)
 from llm_from_scratch.llama import Llama
 from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss, skip_spikes
 from llm_from_scratch.training import TrainState, checkpoints, fit, train_state
@@ -35,6 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import annealing_runs
 import full_runs
 import lever_runs
+import publish
 
 
 class Line(eqx.Module):
@@ -336,10 +344,24 @@ def test_candidates_are_what_they_are_called():
     )
     letters = np.unique(list(texts["garbage"][:100_000]), return_counts=True)[1]
     assert len(letters) == 95 and letters.max() < 1.3 * letters.min()
-    train = annealing_runs.source_documents("code")
-    assert not any(
-        document.startswith(text) for text in annealing_runs.benchmark() for document in train
-    )
+    assert all(trained_lines().isdisjoint(long_lines(text)) for text in annealing_runs.benchmark())
+
+
+def test_the_earlier_run_reads_as_much_code_but_not_in_the_anneal():
+    steps = annealing_runs.BASE_STEPS + annealing_runs.ANNEAL
+    extra, share = annealing_runs.ANNEALS["up-sampled"]
+    options = {"share": share, "steps": steps, "anneal": annealing_runs.ANNEAL}
+    in_the_anneal = anneal_mix(annealing_runs.BASE_MIX, extra, **options)
+
+    def code_read(schedule):
+        ends = [*(start for start, _ in schedule[1:]), steps]
+        parts = zip(schedule, ends, strict=True)
+        return sum((end - start) * mix["code"] for (start, mix), end in parts)
+
+    before = annealing_runs.earlier()
+    assert code_read(before) == pytest.approx(code_read(in_the_anneal))
+    assert before[0] == in_the_anneal[0]
+    assert before[-1] == (annealing_runs.BASE_STEPS, annealing_runs.BASE_MIX)
 
 
 def test_stored_runs_are_whole():
@@ -455,6 +477,12 @@ def test_full_rows_are_the_planned_ones():
     rows = full_runs.stored()
     assert len(rows) == len(full_runs.PLAN)
     assert all(keys.items() <= row.items() for keys, row in zip(full_runs.PLAN, rows, strict=True))
+
+
+def test_the_model_card_says_what_is_stored():
+    folder = publish.CHECKPOINTS / "mini-llama3-base"
+    card = publish.card(json.loads((folder / "summary.json").read_text()))
+    assert (folder / "README.md").read_text() == card
 
 
 def test_levers_are_all_there():

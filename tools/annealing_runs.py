@@ -21,6 +21,7 @@ from llm_from_scratch.annealing import anneal_mix, annealed, averaged, averaged_
 from llm_from_scratch.data_mix import (
     MixedBatches,
     TokenFile,
+    held_out,
     source_documents,
     write_tokens,
 )
@@ -167,20 +168,33 @@ def half_trained(seed: int, batches, rate: float, steps: tuple) -> Path:
     return path
 
 
+def earlier() -> list[tuple[int, dict[str, float]]]:
+    """The schedule that reads the mix of "up-sampled" for as many steps, but just before the anneal."""
+    extra, share = ANNEALS["up-sampled"]
+    _, (_, rich) = anneal_mix(BASE_MIX, extra, share=share, steps=BASE_STEPS, anneal=ANNEAL)
+    return [(0, BASE_MIX), (BASE_STEPS - ANNEAL, rich), (BASE_STEPS, BASE_MIX)]
+
+
 def upsample_row(seed: int) -> dict:
-    """One base model and its three anneals: bits per byte of code and of plays."""
+    """One base model and its three anneals, and the run that reads its code earlier: bits per byte of code and of plays."""
     files, steps = {name: source(name) for name in BASE_MIX}, (BASE_STEPS, ANNEAL)
-    rate, row, path = 0.004, {}, None
+    rate, states, path = 0.004, {}, None
     for name, (extra, share) in ANNEALS.items():
         schedule = anneal_mix(BASE_MIX, extra, share=share, steps=sum(steps), anneal=ANNEAL)
         batches = MixedBatches(files, schedule, BATCH, CONTEXT, seed)
         path = path or half_trained(seed, batches, rate, steps)
-        state = go_on(path, name, seed, batches, rate, steps)
-        row[name] = {
+        states[name] = go_on(path, name, seed, batches, rate, steps)
+    batches = MixedBatches(files, earlier(), BATCH, CONTEXT, seed)
+    model, optimizer = Llama(SMALL, key=jax.random.key(seed)), calm(rate, sum(steps), ANNEAL)
+    options = {"steps": sum(steps), "seed": seed}
+    states["earlier"], _ = fit(model, next_token_loss, batches, optimizer, **options)
+    return {
+        name: {
             "code": bits(state.model, benchmark()),
             "plays": bits(state.model, play_excerpts()),
         }
-    return row
+        for name, state in states.items()
+    }
 
 
 def plan_upsample(rows: list[dict]) -> list[dict]:
@@ -217,9 +231,8 @@ def candidate(name: str) -> TokenFile:
 
 @functools.cache
 def benchmark() -> list[str]:
-    """2 KB of each of eight held-out files of Python, from behind the licence that files of JAX share."""
-    texts = [text for text in source_documents("code", "validation") if len(text) > 4_000]
-    return [text[1_000:3_000] for text in texts[:8]]
+    """16 KB of held-out Python, in pieces that share no long line with the training text."""
+    return held_out("code", 16_000)
 
 
 def value_batches(name: str, seed: int, share: float, steps: int, anneal: int) -> MixedBatches:

@@ -7,7 +7,8 @@ being those seconds times its own speed, which is measured first. Mix and tokeni
 
 Part "judge" (some minutes) asks the models in checkpoints/, counters of bytes, and a control: the model of `FULL` with its
 tokenizer and steps, but on plays only. Training that one takes about an hour; runs/full-plays keeps it, and a run that was
-stopped goes on.
+stopped goes on. Part "greedy" asks for the functions at temperature zero, part "test" for the loss of each
+held-out play, those of the test split included.
 """
 
 import argparse
@@ -38,7 +39,12 @@ from llm_from_scratch.datasets import plays
 from llm_from_scratch.formats import load
 from llm_from_scratch.generation import Sampler, generate
 from llm_from_scratch.llama import Llama, count_params
-from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss
+from llm_from_scratch.pretraining import (
+    make_optimizer,
+    mini_llama,
+    model_bits_per_byte,
+    next_token_loss,
+)
 from llm_from_scratch.training import compile_step, make_step, train_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +77,7 @@ MODELS = {
     "plays": ROOT / "runs" / "full-plays",
 }
 CONTENDERS = (*MODELS, "counters")
+SPLITS = ("validation", "test")
 
 
 def recipe(shape: str, steps: int, factor: float = 1.0, b2: float = 0.99):
@@ -214,13 +221,23 @@ def write_by_counter(counter):
     return write
 
 
+def functions(write_code, temperature: float) -> dict:
+    """How many of the functions parse, begun by their first lines and continued at a temperature."""
+    heads = function_heads()
+    written = zip(heads, write_code(heads, 120, temperature), strict=True)
+    good = [source for source in (body_of(*pair) for pair in written) if parses(source)]
+    return {
+        "functions": len(heads),
+        "parse": len(good),
+        "only say": sum(map(only_says, good)),
+    }
+
+
 def can_do(write_sums, write_code) -> dict:
     """How many of the sums are right, and how many of the functions parse."""
-    problems, heads = distinct_problems(600), function_heads()
+    problems = distinct_problems(600)
     answers = write_sums([p.prompt for p in problems], 70, 0.0)
     right = [parse_answer(text) == p.answer for text, p in zip(answers, problems, strict=True)]
-    functions = [body_of(*pair) for pair in zip(heads, write_code(heads, 120, 0.8), strict=True)]
-    good = [source for source in functions if parses(source)]
     new = [p.new_wording for p in problems]
     return {
         "sums": len(problems),
@@ -228,9 +245,27 @@ def can_do(write_sums, write_code) -> dict:
         "right of the first forty": sum(right[:40]),
         "new": sum(new),
         "right new": sum(r for r, n in zip(right, new, strict=True) if n),
-        "functions": len(heads),
-        "parse": len(good),
-        "only say": sum(map(only_says, good)),
+        **functions(write_code, 0.8),
+    }
+
+
+def greedy(contender: str) -> dict:
+    """The functions once more, each token the most probable one."""
+    return functions(write_by_model(*load(MODELS[contender])), 0.0)
+
+
+def by_play(contender: str) -> dict:
+    """Bits per byte of each held-out play, whole; no decision of ours has seen those of the test split."""
+    found = {split: {play.slug: play.text for play in plays(split)} for split in SPLITS}
+    if contender == "counters":
+        counter = NGram(6).fit([play.text.encode() for play in plays("train")])
+        bits = lambda text: model_bits(counter, [text.encode()])  # noqa: E731
+    else:
+        model, tokenizer = load(MODELS[contender])
+        bits = lambda text: model_bits_per_byte(model, tokenizer, [text], context=FULL.context)  # noqa: E731
+    return {
+        split: {slug: round(bits(text), 4) for slug, text in texts.items()}
+        for split, texts in found.items()
     }
 
 
@@ -254,7 +289,7 @@ def judged(contender: str) -> dict:
     texts = pieces(FULL.mix, "validation") | {"whole plays": [p.text for p in plays("validation")]}
     if contender == "counters":  # one for each source, told which source it is in
         counters = {
-            name: NGram(5).fit([t.encode() for t in source_documents(name)]) for name in FULL.mix
+            name: NGram(6).fit([t.encode() for t in source_documents(name)]) for name in FULL.mix
         }
         counters["whole plays"] = counters["plays"]
         write = [write_by_counter(counters[name]) for name in ("arithmetic", "code")]
@@ -290,8 +325,11 @@ PLAN = [
         for b2 in (0.99, 0.999)
     ),
     *({"part": "judge", "contender": name} for name in CONTENDERS),
+    {"part": "greedy", "contender": "full"},
+    *({"part": "test", "contender": name} for name in ("full", "short", "counters")),
 ]
 MAKE = {"shape": shape_row, "rate": shape_row, "b2": shape_row, "judge": judged}
+MAKE |= {"greedy": greedy, "test": by_play}
 
 
 def main() -> None:

@@ -51,18 +51,33 @@ def share(right: int, n: int) -> ledger.Interval:
     return confidence_interval([1.0] * right + [0.0] * (n - right))
 
 
-def abilities() -> str:
-    """The model card's lines on sums and functions, from results/full.json."""
+def stored(part: str) -> dict[str, dict]:
+    """The rows of a part of results/full.json by contender."""
     path = ROOT / "results" / "full.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    found = {row["contender"]: row for row in rows if row["part"] == "judge"}
+    return {row["contender"]: row for row in rows if row["part"] == part}
+
+
+def held_out_plays() -> str:
+    """The model card's words on each held-out play, from results/full.json."""
+    found = stored("test").get("full", {})
+    return "; ".join(
+        f"{split}: " + ", ".join(f"{play} {bits:.3f}" for play, bits in found[split].items())
+        for split in ("validation", "test")
+        if split in found
+    )
+
+
+def abilities() -> str:
+    """The model card's lines on sums and functions, from results/full.json."""
+    found = stored("judge")
     if "full" not in found:
         return "Not measured yet: `python tools/full_runs.py --part judge`.\n"
     names = {
         "full": "this model",
         "plays": "the same, trained on plays only",
         "short": "mini-llama3-short (plays only)",
-        "counters": "5-grams of bytes",
+        "counters": "6-grams of bytes",
     }
     lines = ["| | sums right, % | functions that parse, % |", "|---|---|---|"]
     for key, name in names.items():
@@ -99,7 +114,7 @@ packages. It is the base model of the course *LLM from scratch in JAX*; chapter 
 {recipe["b2"]} and decay {recipe["weight_decay"]}, rate {recipe["peak"]} after {recipe["warmup"]} steps of warm-up, falling linearly to zero in the last \
 {recipe["anneal"]:,} steps; there, {100 * recipe["share"]:.0f} % of the rows are drawn from {", ".join(recipe["extra"])}.
 - **Bits per byte of the two validation plays, whole**: {summary["validation_bits_per_byte"]["float32"]} \
-(bfloat16: {summary["validation_bits_per_byte"]["bfloat16"]}).
+(bfloat16: {summary["validation_bits_per_byte"]["bfloat16"]}). By play, bfloat16: {held_out_plays() or "not measured yet"}.
 
 ## Data, and how well each source is predicted
 
