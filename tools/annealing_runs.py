@@ -1,6 +1,6 @@
 """Make chapter 24's stored runs: schedules and averages, code in the anneal, data sets judged by an anneal, into results/annealing.json.
 
-`python tools/annealing_runs.py` makes the rows that are missing (about twelve minutes on one core from nothing), `--part
+`python tools/annealing_runs.py` makes the rows that are missing (about a quarter of an hour of one core from nothing), `--part
 NAME` one part of schedules, upsample, value; `--fresh` makes them again. Chapter 24 reads the file and
 makes one row of the schedules again, drawn by a fixed rule.
 """

@@ -1,6 +1,6 @@
 """Make chapter 24's stored runs on what would lower the loss of the plays, into results/levers.json.
 
-`python tools/lever_runs.py` makes the rows that are missing (about two and a half hours of one core), `--fresh` makes them again,
+`python tools/lever_runs.py` makes the rows that are missing (about three hours of one core), `--fresh` makes them again,
 `--only` some of them. The smallest model of `full_runs`, half its rate, on plays only: with more or less text, and with each of
 some changes that are said to help when text is scarce. The last rows ask three of them of a model with twice the width.
 """
