@@ -410,7 +410,7 @@ ledger.claim(
 # %% [markdown]
 # Reproduced, for this reading of the claim: 0.4 bits per byte, for which the plays pay a few hundredths. That alone says no more than that more code helps on code.
 #
-# The fourth run tells more. The same code, read just before the anneal, keeps 65 % of the gain; we had said three quarters. Read *last*, while the rate falls, it is worth 0.14 bits per byte more on code, in each of the five seeds, and costs the plays 0.015 more. Whether the falling rate does it, or only that the code comes last, this run can't tell: in chapter 21, at a constant rate, code that is read late ends 0.28 ahead of code that is read early. For that, the same order at a constant rate is missing. Either way the end of a run is the place for what a model should be good at.
+# The fourth run tells more. The same code, read just before the anneal, keeps 65 % of the gain; we had said three quarters. Read *last*, while the rate falls, it is worth 0.14 bits per byte more on code, and costs the plays about a hundredth more. Whether the falling rate does it, or only that the code comes last, this run can't tell: in chapter 21, at a constant rate, code that is read late ends 0.28 ahead of code that is read early. For that, the same order at a constant rate is missing. Either way the end of a run is the place for what a model should be good at.
 #
 # The control without any code is more than a bit worse on code than the mix unchanged, and a hundredth better on plays. So even 5 % of code in the anneal matters much. That a larger model gains less, as the 405B did, is not tested here.
 #
@@ -1191,7 +1191,7 @@ plt.show()
 #
 # The prediction holds: 1.884, and 24 thousandths less than the short run, which had a quarter of the tokens and 45 % of the arithmetic. Each is one run, and the validation plays have guided our choices. The goal that we had set for this hour, 1.80, is missed.
 #
-# *Twelfth Night* and *King Lear*, the test plays of chapter 00, have guided no choice for these models. Now they are asked for their loss, once. **Predict** the lead of the base over the short run on them. Ours: again 0.02, give or take 0.01.
+# *Twelfth Night* and *King Lear*, the test plays of chapter 00, have guided no choice for these models. Now they are asked for their loss, once. **Predict** the lead of the base over the short run on them. Ours, written when the base's loss was known and the other's was not: again 0.02, give or take 0.01.
 
 # %%
 HELD = {row["contender"]: row for row in full_runs.stored() if row["part"] == "test"}
@@ -1415,7 +1415,7 @@ print(
 # %% [markdown]
 # If these products run as fast as the rest, the base, with its 512 tokens a step, would make half as many steps in the hour, or would have to read far more tokens in each.
 #
-# Would a larger model profit more? It knows what it has read better, so dropout and decay have more to do, and Muon has more matrices. We asked a model of twice the width, with four layers: three times the weights, half the rate (not tuned; in section 10 half of that was a little ahead), the same quarter of the plays and as many steps. Pilot runs, one each, of 2.4 million tokens had dropout 0.015 behind, and Muon, with twice the batch, level with AdamW. **Predict.** Ours, after the pilot: dropout loses again, and Muon gains, but less than the 0.04 above.
+# Would a larger model profit more? It knows what it has read better, so dropout and decay have more to do, and Muon has more matrices. We asked a model of twice the width, with four layers: three times the weights, half the rate (not tuned; in section 10 half of that was a little ahead), the same quarter of the plays and as many steps. **Predict.** Ours, after single pilot runs in which dropout was behind and Muon, with twice the batch, no better than AdamW: dropout loses again, and Muon gains, but less than the 0.04 above.
 
 # %%
 first, *others = wide
@@ -1429,11 +1429,11 @@ slower = on("took", "twice the width, Muon").mean() / on("took", first).mean()
 print(f"a run with Muon took {slower:.1f} times as long, on one core beside another run")
 
 # %% [markdown]
-# The larger model is ahead by 0.07 on the same text. Dropout loses in all three seeds, as predicted, and the decay is ahead in all three, by 0.015, but both intervals contain zero. Muon's mean is 0.04 again; the interval, −0.01 to 0.09, decides neither for our prediction nor against it. That the larger model profits more we can't see for any of the three.
+# The larger model is ahead by 0.07 on the same text. Dropout loses 0.02, as predicted, and the decay gains 0.015, but both intervals contain zero. Muon's mean is 0.04 again; the interval, −0.01 to 0.09, decides neither for our prediction nor against it. That the larger model profits more we can't see for any of the three.
 #
-# But a step with Muon costs more. In the time of its runs AdamW reads about 2.4 million tokens in place of 1.5, and the pilot of that length, on the same quarter, came to 2.246 (one run, at a lower rate, not stored), where Muon has 2.243. In the same *time* they are level here, as far as one run tells. The smallest shape, where a run with Muon takes 1.2 times as long, is kinder to it; the base's width, by the products counted above, less. So the base keeps AdamW, like the paper's models.
+# And a run with Muon took longer, so AdamW could have read more in the same time. What it would have gained we did not store; for the smallest shape twice the steps gain 0.03, in a wide interval. So whether Muon is ahead in equal *time* is open, and at the base's width, by the products counted above, it is dearer still. The base keeps AdamW, like the paper's models.
 #
-# Of all that we tried, more plays gain most, and Shakespeare has left no more; then a larger model, for which the hour is too short. No change of method that we know brings this base from 1.884 to 1.80 in an hour.
+# Of all that we tried, other plays gain most, and Shakespeare has left no more; then a larger model, which needs more time. No single change here gains the missing 0.084, and each was asked of models far smaller than the base. Whether several together would bring it to 1.80 in an hour we have not tried.
 #
 # ## Break it
 #
