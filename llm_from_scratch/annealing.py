@@ -4,7 +4,11 @@ Written from chapters/24_annealing.py by `make export`: edit there.
 """
 
 import dataclasses
+import functools
 import json
+import math
+import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +23,23 @@ import optax
 from llm_from_scratch import datasets, formats, pretraining
 from llm_from_scratch.data_mix import (
     MixedBatches,
+    TokenFile,
     byte_sample,
     chunks,
     held_out,
     mix_files,
     mix_tokenizer,
     source_documents,
+    write_tokens,
 )
 from llm_from_scratch.llama import Llama, count_params
 from llm_from_scratch.pretraining import (
     Recipe,
+    evaluation_windows,
     make_optimizer,
     mini_llama,
     model_bits_per_byte,
+    nats,
     next_token_loss,
 )
 from llm_from_scratch.tokenizer import Tokenizer
@@ -190,34 +198,124 @@ def average_checkpoints(paths: Iterable[str | Path], like: TrainState) -> Any:
     return mean_weights(models())
 
 
+def play_bits(model: Llama, tokenizer: Tokenizer, play: datasets.Play) -> dict[str, float]:
+    """Bits per byte of a play: the whole, the lines that name a speaker, and the rest."""
+    speakers = {speech.speaker for speech in play.speeches} - {""}
+    lines = play.text.splitlines(keepends=True)
+    sizes = [len(line.encode()) for line in lines]
+    label = np.repeat([line.strip() in speakers for line in lines], sizes)  # by byte
+    ids = np.array(tokenizer.encode(play.text, bos=True))
+    begins = np.cumsum([0, *(len(tokenizer.decode_bytes([i])) for i in ids[1:-1])])
+    named = np.append(False, label[begins])  # by token, as its first byte
+    context = model.config.max_seq_len
+    tokens, _ = evaluation_windows(ids, context, context // 2)
+
+    def bits(wanted: np.ndarray) -> float:
+        _, targets = evaluation_windows(np.where(wanted, ids, -1), context, context // 2)
+        rows = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
+        return sum(float(nats(model, tokens[r], targets[r])) for r in rows) / math.log(2)
+
+    labels, rest = bits(named), bits(~named)
+    return {
+        "whole": (labels + rest) / label.size,
+        "labels": labels / int(label.sum()),
+        "rest": rest / int((~label).sum()),
+    }
+
+
+CASTINGS = 4  # how often each training play is recast
+_WORD = re.compile("[A-Za-z]+")
+
+
+@functools.cache
+def _lower_words() -> frozenset[str]:
+    """The words that the training plays or the Bible write in small letters: no names."""
+    texts = [*(play.text for play in datasets.plays("train")), *source_documents("bible")]
+    return frozenset(word for text in texts for word in _WORD.findall(text) if word.islower())
+
+
+def _is_name(word: str) -> bool:
+    return len(word) > 2 and word.lower() not in _lower_words()
+
+
+def cast(play: datasets.Play) -> list[str]:
+    """The names, in capitals and sorted, in the speakers' labels of a play: without KING or FIRST, which are words."""
+    words = {word for speech in play.speeches for word in _WORD.findall(speech.speaker)}
+    return sorted(word.upper() for word in words if _is_name(word))
+
+
+@functools.cache
+def name_pools() -> tuple[list[str], list[str]]:
+    """Names in capitals: of the training plays' speakers, and others that the Bible has."""
+    players = {name for play in datasets.plays("train") for name in cast(play)}
+    words = {word for text in source_documents("bible") for word in _WORD.findall(text)}
+    others = {word.upper() for word in words if word.istitle() and _is_name(word)}
+    return sorted(players), sorted(others - players)
+
+
+def recast(play: datasets.Play, seed: int) -> datasets.Play:
+    """A play in which every name of `cast` has become another one, everywhere, in capitals or not.
+
+    A new name comes from the training plays' speakers or from the Bible, with equal probability.
+    """
+    rng, names = random.Random(f"{play.slug} {seed}"), cast(play)
+    of_players = sum(rng.random() < 0.5 for _ in names)
+    players, others = name_pools()
+    drawn = rng.sample(players, of_players) + rng.sample(others, len(names) - of_players)
+    rng.shuffle(drawn)
+    new = dict(zip(names, drawn, strict=True))
+
+    def renamed(match: re.Match) -> str:
+        word = match.group()
+        if word.islower() or word.upper() not in new:
+            return word
+        return new[word.upper()] if word.isupper() else new[word.upper()].title()
+
+    def rename(text: str) -> str:
+        return _WORD.sub(renamed, text)
+
+    speeches = tuple(
+        dataclasses.replace(s, speaker=rename(s.speaker), lines=tuple(map(rename, s.lines)))
+        for s in play.speeches
+    )
+    return dataclasses.replace(play, text=rename(play.text), speeches=speeches)
+
+
 @dataclass(frozen=True)
 class MixRecipe(Recipe):
     """A recipe that reads a mix of sources and ends with an anneal, in rate and in data.
 
-    `mix` and `extra` map sources to weights, `share` and `anneal` are as of `anneal_mix`. The rate is constant
-    between warm-up and anneal. The other fields are those of `Recipe`.
+    `mix` and `extra` map sources to weights, `share` and `anneal` are as of `anneal_mix`. Of the plays'
+    weight the part `recast` goes to plays with other names. The rate is constant between warm-up and
+    anneal. The other fields are those of `Recipe`.
     """
 
     mix: Mapping[str, float] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
     share: float = 0.5
     anneal: int = 1
+    recast: float = 0.0
 
     def schedule(self) -> list[tuple[int, dict[str, float]]]:
         """The schedule of the mix, for `MixedBatches`."""
         options = {"share": self.share, "steps": self.steps, "anneal": self.anneal}
-        return anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
+        found = anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
+        if self.recast:
+            parts = {"plays": 1 - self.recast, "recast": self.recast}
+            for _, weights in found:
+                weights |= {name: part * weights["plays"] for name, part in parts.items()}
+        return found
 
 
 FULL = MixRecipe(
-    mini_llama(192, 4, 6, 2, 512, 256),
-    batch=2,
-    context=256,
-    steps=30_000,
+    mini_llama(256, 4, 8, 2, 704, 512),
+    batch=1,
+    context=512,
+    steps=26_000,
     peak=7.5e-4,
     warmup=500,
     b2=0.99,
-    eval_every=1_500,
+    eval_every=2_600,
     checkpoint_every=1_000,
     mix={
         "plays": 0.30,
@@ -232,7 +330,8 @@ FULL = MixRecipe(
     },
     extra={"plays": 0.8, "arithmetic": 0.12, "code": 0.08},
     share=0.7,
-    anneal=13_500,
+    anneal=11_700,
+    recast=0.75,
 )
 
 
@@ -276,6 +375,12 @@ def bits_by_source(
 def mix_batches(recipe: MixRecipe, directory: Path, tokenizer: Tokenizer) -> MixedBatches:
     """The batches of a recipe; the token files in the run's folder are written if they are not there."""
     files = mix_files(directory / "tokens", tokenizer, names=tuple(recipe.mix))
+    if recipe.recast:
+        path = directory / "tokens" / "recast.tokens"
+        if not Path(f"{path}.json").exists():
+            every = [(play, seed) for seed in range(CASTINGS) for play in datasets.plays("train")]
+            write_tokens(path, [recast(*each).text for each in every], tokenizer)
+        files["recast"] = TokenFile.open(path, tokenizer)
     return MixedBatches(files, recipe.schedule(), recipe.batch, recipe.context, recipe.seed)
 
 

@@ -1,5 +1,6 @@
 """Chapter 24: the anneal, the mix and the averages against closed forms and NumPy, and the stored runs."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -21,8 +22,12 @@ from llm_from_scratch.annealing import (
     average_checkpoints,
     averaged,
     averaged_model,
+    cast,
     mean_weights,
+    name_pools,
     pieces,
+    play_bits,
+    recast,
     rule_prompts,
     train_mix,
 )
@@ -34,8 +39,15 @@ from llm_from_scratch.data_mix import (
     source_documents,
     trained_lines,
 )
+from llm_from_scratch.datasets import plays
 from llm_from_scratch.llama import Llama
-from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss, skip_spikes
+from llm_from_scratch.pretraining import (
+    make_optimizer,
+    mini_llama,
+    model_bits_per_byte,
+    next_token_loss,
+    skip_spikes,
+)
 from llm_from_scratch.training import TrainState, checkpoints, fit, train_state
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
@@ -380,11 +392,83 @@ def test_full_recipe_reads_every_source_and_anneals():
     assert FULL.mix.keys() == SOURCES.keys() and abs(sum(FULL.mix.values()) - 1) < 1e-9
     (start, before), (turn, after) = FULL.schedule()
     assert start == 0 and turn == (FULL.steps - FULL.anneal) * FULL.accumulate
-    assert before == dict(FULL.mix) and abs(sum(after.values()) - 1) < 1e-9
+    for weights in (before, after):
+        assert abs(sum(weights.values()) - 1) < 1e-9
+        assert weights["recast"] == pytest.approx(3 * weights["plays"])
     for name in FULL.mix:
-        extra = FULL.extra.get(name, 0.0)
-        assert after[name] == pytest.approx((1 - FULL.share) * FULL.mix[name] + FULL.share * extra)
+        extra, parts = FULL.extra.get(name, 0.0), [name, "recast"] if name == "plays" else [name]
+        assert sum(before[part] for part in parts) == pytest.approx(FULL.mix[name])
+        wanted = (1 - FULL.share) * FULL.mix[name] + FULL.share * extra
+        assert sum(after[part] for part in parts) == pytest.approx(wanted)
     assert FULL.context <= FULL.model.max_seq_len and FULL.model.vocab_size == 4096
+
+
+# ---------------------------------------------------------------- plays with other names
+
+
+def test_cast_is_names_not_words():
+    found = {play.slug: set(cast(play)) for play in plays("train")}
+    assert {"HAMLET", "OPHELIA", "ROSENCRANTZ"} <= found["hamlet"]
+    for names in found.values():
+        assert names.isdisjoint({"FIRST", "KING", "QUEEN", "LORD", "LADY", "MESSENGER", "ALL"})
+    players, others = map(set, name_pools())
+    assert players == set().union(*found.values()) and players.isdisjoint(others)
+    assert {"NEBUCHADNEZZAR", "DEBORAH"} <= others
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_recast_play_differs_in_its_names_only(seed):
+    """Word by word: what is no name stays, and each name always becomes the same other one, written alike."""
+    players, others = map(set, name_pools())
+    for play in plays("train")[::8]:
+        other = recast(play, seed)
+        assert other == recast(play, seed) != recast(play, 1)
+        assert all(s.speaker in other.text for s in other.speeches)
+        assert [len(s.lines) for s in other.speeches] == [len(s.lines) for s in play.speeches]
+        old, new = (re.findall("[A-Za-z]+|[^A-Za-z]+", t) for t in (play.text, other.text))
+        names, became = set(cast(play)), {}
+        for a, b in zip(old, new, strict=True):
+            if a.upper() not in names or a.islower():
+                assert a == b
+                continue
+            assert b.isupper() if a.isupper() else b.istitle()
+            assert became.setdefault(a.upper(), b.upper()) == b.upper()
+        assert len(set(became.values())) == len(became) and set(became.values()) <= players | others
+
+
+def test_recast_names_never_come_from_held_out_plays():
+    trained = " ".join([play.text for play in plays("train")] + list(source_documents("bible")))
+    known = set(re.findall("[A-Z]+", trained.upper()))
+    assert set().union(*name_pools()) <= known
+
+
+def test_labels_and_the_rest_are_the_whole_play():
+    model, tokenizer = formats.load(publish.CHECKPOINTS / "mini-llama3-short")
+    play = dataclasses.replace(plays("validation")[1], text=plays("validation")[1].text[:9_000])
+    found = play_bits(model, tokenizer, play)
+    assert found["whole"] == pytest.approx(
+        model_bits_per_byte(model, tokenizer, [play.text], context=256), rel=1e-4
+    )
+    speakers = {speech.speaker for speech in play.speeches} - {""}
+    lines = [line + "\n" for line in play.text.split("\n")]
+    size = sum(len(line.encode()) for line in lines if line.strip() in speakers)
+    whole = len(play.text.encode())
+    together = (found["labels"] * size + found["rest"] * (whole - size)) / whole
+    assert together == pytest.approx(found["whole"], rel=1e-3)
+    assert found["labels"] > 1.5 * found["rest"]
+
+
+def test_a_recipe_reads_recast_plays_from_a_file_of_its_own(smoke):
+    recipe = MIX_RECIPES["full-smoke"]
+    tokenizer = formats.load(smoke)[1]
+    files = annealing.mix_batches(recipe, smoke, tokenizer).sources
+    ids = files["recast"].ids
+    text = tokenizer.decode([int(i) for i in ids[1 : 1 + 3_000]])
+    assert recast(plays("train")[0], 0).text.startswith(text[:2_000])
+    documents = annealing.CASTINGS * len(plays("train"))
+    assert (np.asarray(ids) == files["recast"].bos).sum() == documents
+    plain = dataclasses.replace(recipe, recast=0.0)
+    assert annealing.mix_batches(plain, smoke, tokenizer).sources.keys() == recipe.mix.keys()
 
 
 def test_pieces_and_prompts_by_rule():

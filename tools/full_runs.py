@@ -6,9 +6,9 @@ Parts "shape", "rate" and "b2" (about forty minutes of one core): every model tr
 being those seconds times its own speed, which is measured first. Mix and tokenizer are those of `FULL`.
 
 Part "judge" (some minutes) asks the models in checkpoints/, counters of bytes, and a control: the model of `FULL` with its
-tokenizer and steps, but on plays only. Training that one takes about an hour; runs/full-plays keeps it, and a run that was
-stopped goes on. Part "greedy" asks for the functions at temperature zero, part "test" for the loss of each
-held-out play, those of the test split included.
+tokenizer, but on plays only, as many tokens of them as `FULL` reads. A second control reads the plays with their own names
+only. Each takes about 25 minutes to train; runs/ keeps them, and a run that was stopped goes on. Part "greedy" asks for the
+functions at temperature zero, part "test" for the loss of each held-out play, those of the test split included.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llm_from_scratch.annealing import FULL, bits_by_source, pieces, train_mix
+from llm_from_scratch.annealing import FULL, bits_by_source, pieces, play_bits, train_mix
 from llm_from_scratch.bigram import NGram, model_bits
 from llm_from_scratch.data_mix import (
     MixedBatches,
@@ -39,12 +39,7 @@ from llm_from_scratch.datasets import plays
 from llm_from_scratch.formats import load
 from llm_from_scratch.generation import Sampler, generate
 from llm_from_scratch.llama import Llama, count_params
-from llm_from_scratch.pretraining import (
-    make_optimizer,
-    mini_llama,
-    model_bits_per_byte,
-    next_token_loss,
-)
+from llm_from_scratch.pretraining import make_optimizer, mini_llama, next_token_loss
 from llm_from_scratch.training import compile_step, make_step, train_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,18 +70,24 @@ MODELS = {
     "full": ROOT / "checkpoints" / "mini-llama3-base",
     "short": ROOT / "checkpoints" / "mini-llama3-short",
     "plays": ROOT / "runs" / "full-plays",
+    "own names": ROOT / "runs" / "full-own-names",
 }
-CONTENDERS = (*MODELS, "counters")
+CONTROLS = {"plays": FULL.recast, "own names": 0.0}  # the part of the rows that is recast
+CONTENDERS = ("full", "short", "plays", "counters")
 SPLITS = ("validation", "test")
+CONTROL_STEPS, CONTROL_ANNEAL = 12_000, 5_400
 
 
 def recipe(shape: str, steps: int, factor: float = 1.0, b2: float = 0.99):
-    """FULL with another shape, length and mix, its rate falling with the width, times a factor."""
+    """An earlier FULL with another shape, length and mix, its rate falling with the width, times a factor."""
     width, layers = SHAPES[shape]
     model = mini_llama(width, layers, 4, 2, 8 * (width // 3), 256)
     return dataclasses.replace(
         FULL,
         model=model,
+        batch=2,
+        context=256,
+        recast=0.0,
         steps=steps,
         warmup=max(20, steps // 40),
         anneal=steps * 2 // 5,
@@ -254,38 +255,43 @@ def greedy(contender: str) -> dict:
     return functions(write_by_model(*load(MODELS[contender])), 0.0)
 
 
+def opened(contender: str):
+    """A contender's model and tokenizer; a control is trained first if it is not there."""
+    if contender in CONTROLS:
+        train_control(contender)
+    return load(MODELS[contender])
+
+
 def by_play(contender: str) -> dict:
-    """Bits per byte of each held-out play, whole; no decision of ours has seen those of the test split."""
-    found = {split: {play.slug: play.text for play in plays(split)} for split in SPLITS}
+    """Bits per byte of each held-out play: the whole, and by the models the speakers' labels and the rest."""
     if contender == "counters":
         counter = NGram(6).fit([play.text.encode() for play in plays("train")])
-        bits = lambda text: model_bits(counter, [text.encode()])  # noqa: E731
+        judge = lambda play: {"whole": model_bits(counter, [play.text.encode()])}  # noqa: E731
     else:
-        model, tokenizer = load(MODELS[contender])
-        bits = lambda text: model_bits_per_byte(model, tokenizer, [text], context=FULL.context)  # noqa: E731
+        model, tokenizer = opened(contender)
+        judge = lambda play: play_bits(model, tokenizer, play)  # noqa: E731
     return {
-        split: {slug: round(bits(text), 4) for slug, text in texts.items()}
-        for split, texts in found.items()
+        split: {
+            play.slug: {name: round(bits, 4) for name, bits in judge(play).items()}
+            for play in plays(split)
+        }
+        for split in SPLITS
     }
 
 
-def train_control() -> dict:
-    """The model of FULL on plays only, in runs/full-plays: its bits per byte of the plays while it learns, and of those it read."""
-    folder = MODELS["plays"]
+def train_control(contender: str) -> list[dict]:
+    """The model of FULL on plays only, for as many steps as FULL is expected to read rows of them, in its folder: its log."""
+    folder = MODELS[contender]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(MODELS["full"] / "tokenizer.model", folder)
-    plan = dataclasses.replace(FULL, mix={"plays": 1.0}, extra={"plays": 1.0})
-    model, tokenizer, rows = train_mix(plan, folder)
-    read = bits_by_source(model, tokenizer, pieces(plan.mix, "train"), plan.context)
-    curve = [
-        (r["tokens"], round(r["bits_per_byte"]["plays"], 4)) for r in rows if "bits_per_byte" in r
-    ]
-    return {"curve": curve, "training plays": round(read["plays"], 4)}
+    only = {"mix": {"plays": 1.0}, "extra": {"plays": 1.0}, "recast": CONTROLS[contender]}
+    plan = dataclasses.replace(FULL, steps=CONTROL_STEPS, anneal=CONTROL_ANNEAL, **only)
+    return train_mix(plan, folder)[2]
 
 
 def judged(contender: str) -> dict:
     """What a contender can do, and its bits per byte of the held-out pieces of every source and of the whole plays."""
-    trained = train_control() if contender == "plays" else {}
+    trained = {}
     texts = pieces(FULL.mix, "validation") | {"whole plays": [p.text for p in plays("validation")]}
     if contender == "counters":  # one for each source, told which source it is in
         counters = {
@@ -298,11 +304,17 @@ def judged(contender: str) -> dict:
             return round(model_bits(counters[name], [t.encode() for t in found]), 4)
 
     else:
-        model, tokenizer = load(MODELS[contender])
+        model, tokenizer = opened(contender)
         write = [write_by_model(model, tokenizer)] * 2
 
         def bits(name: str, found: list[str]) -> float:
-            return round(bits_by_source(model, tokenizer, {name: found}, FULL.context)[name], 4)
+            context = model.config.max_seq_len
+            return round(bits_by_source(model, tokenizer, {name: found}, context)[name], 4)
+
+        if contender in CONTROLS:
+            rows = train_control(contender)
+            read = bits("plays", pieces(("plays",), "train")["plays"])
+            trained = {"tokens": rows[-1]["tokens"], "training plays": read}
 
     return {
         "bits_per_byte": {name: bits(name, found) for name, found in texts.items()},
@@ -326,7 +338,7 @@ PLAN = [
     ),
     *({"part": "judge", "contender": name} for name in CONTENDERS),
     {"part": "greedy", "contender": "full"},
-    *({"part": "test", "contender": name} for name in ("full", "short", "counters")),
+    *({"part": "test", "contender": name} for name in (*MODELS, "counters")),
 ]
 MAKE = {"shape": shape_row, "rate": shape_row, "b2": shape_row, "judge": judged}
 MAKE |= {"greedy": greedy, "test": by_play}

@@ -35,8 +35,9 @@ COMMAND = ".venv/bin/python tools/lever_runs.py"
 BASE_MODEL = ROOT / "checkpoints" / "mini-llama3-base"
 STEPS, WARMUP, RATE = 3_000, 75, 0.003
 SEEDS = range(3)
-SMALL = mini_llama(64, 3, 4, 2, 168, FULL.context)
-WIDE = {"model": mini_llama(128, 4, 4, 2, 336, FULL.context), "rate": RATE / 2}
+BATCH, CONTEXT = 2, 256
+SMALL = mini_llama(64, 3, 4, 2, 168, CONTEXT)
+WIDE = {"model": mini_llama(128, 4, 4, 2, 336, CONTEXT), "rate": RATE / 2}
 LEVERS = {  # what is changed against the second: a quarter of the plays, 3,000 steps
     "an eighth of the plays": {"part": 8},
     "a quarter": {},
@@ -136,7 +137,7 @@ def lever_row(change: str, seed: int) -> dict:
             path = Path(folder) / f"{name}.tokens"
             write_tokens(path, texts if name == "plays" else source_documents(name), tokenizer)
             files[name] = TokenFile.open(path, tokenizer)
-        batches = MixedBatches(files, [(0, options["shares"])], FULL.batch, FULL.context, seed)
+        batches = MixedBatches(files, [(0, options["shares"])], BATCH, CONTEXT, seed)
         state, rows = fit(
             Llama(options["model"], key=jax.random.key(seed)),
             dropout_loss(options["dropout"]) if options["dropout"] else next_token_loss,
@@ -147,7 +148,7 @@ def lever_row(change: str, seed: int) -> dict:
         )
         unique = len(files["plays"].ids)
     judge = lambda found: round(  # noqa: E731
-        model_bits_per_byte(state.model, tokenizer, found, context=FULL.context), 4
+        model_bits_per_byte(state.model, tokenizer, found, context=CONTEXT), 4
     )
     return {
         "unique": unique,

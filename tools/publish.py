@@ -28,8 +28,9 @@ def rounded(run: Path, target: Path, write) -> dict:
     write(target, jax.tree.map(lambda x: x.astype(jnp.bfloat16), model), tokenizer)
     tokenizer.save(target / "tokenizer.model")
     texts = [play.text for play in plays("validation")]
+    context = model.config.max_seq_len
     exact, cost = (
-        model_bits_per_byte(m, tokenizer, texts, context=256) for m in (model, load(target)[0])
+        model_bits_per_byte(m, tokenizer, texts, context=context) for m in (model, load(target)[0])
     )
     bits = {"float32": round(exact, 4), "bfloat16": round(cost, 4)}
     print(json.dumps(bits))
@@ -62,7 +63,7 @@ def held_out_plays() -> str:
     """The model card's words on each held-out play, from results/full.json."""
     found = stored("test").get("full", {})
     return "; ".join(
-        f"{split}: " + ", ".join(f"{play} {bits:.3f}" for play, bits in found[split].items())
+        f"{split}: " + ", ".join(f"{play} {bits['whole']:.3f}" for play, bits in found[split].items())
         for split in ("validation", "test")
         if split in found
     )
@@ -90,9 +91,10 @@ def abilities() -> str:
 def card(summary: dict) -> str:
     """The model card, in Markdown."""
     bits, recipe, read = summary["bits_per_byte"], summary["recipe"], summary["read"]
+    judged = {name: (bits["train"][name], bits["validation"][name]) for name in recipe["mix"]}
+    losses = {name: f"{a:.3f} | {b:.3f} | {b - a:.3f}" for name, (a, b) in judged.items()}
     table = "\n".join(
-        f"| {name} | {bits['train'][name]:.3f} | {bits['validation'][name]:.3f} "
-        f"| {bits['validation'][name] - bits['train'][name]:.3f} | {100 * r['share']:.1f} "
+        f"| {name} | {losses.get(name, '| | ')} | {100 * r['share']:.1f} "
         f"| {r['tokens']:,} | {r['unique']:,} | {r['epochs']:.2f} |"
         for name, r in read.items()
     )
@@ -127,7 +129,7 @@ tokens that were read; epochs: tokens read over tokens there are.
 
 *plays*, *poems* and *folio* are Shakespeare's (modern and 1623 spelling), *bible* is the King James Version, *docs* are docstrings of NumPy,
 SciPy and Matplotlib, *arithmetic* are worked sums of a seeded generator, *code* is the source of JAX, Optax and Equinox, *french* are JupyterLab's
-messages, *latin* is Milton's. Held-out documents were not read; code and docs repeat themselves between files (chapter 21 counts how much).
+messages, *latin* is Milton's, *recast* are the plays with other names, each in four castings. Held-out documents were not read; code and docs repeat themselves between files (chapter 21 counts how much).
 
 ## What it can do
 
