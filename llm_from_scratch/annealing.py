@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
 
 from llm_from_scratch import datasets, formats, pretraining
 from llm_from_scratch.data_mix import (
@@ -39,7 +40,6 @@ from llm_from_scratch.pretraining import (
     make_optimizer,
     mini_llama,
     model_bits_per_byte,
-    nats,
     next_token_loss,
 )
 from llm_from_scratch.tokenizer import Tokenizer
@@ -198,24 +198,35 @@ def average_checkpoints(paths: Iterable[str | Path], like: TrainState) -> Any:
     return mean_weights(models())
 
 
+@eqx.filter_jit
+def token_bits(
+    model: Llama, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """The bits that each target costs; those below 0 cost nothing."""
+    logits = model(tokens).astype(jnp.float32)
+    found = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.where(targets < 0, 0.0, found) / math.log(2)
+
+
 def play_bits(model: Llama, tokenizer: Tokenizer, play: datasets.Play) -> dict[str, float]:
-    """Bits per byte of a play: the whole, the lines that name a speaker, and the rest."""
+    """Bits per byte of a play: the whole, the lines that name a speaker, and the rest.
+
+    A token counts where its first byte stands; the blank line before a label is of the rest. Windows have the length
+    of the model's max_seq_len, half of it new.
+    """
     speakers = {speech.speaker for speech in play.speeches} - {""}
     lines = play.text.splitlines(keepends=True)
     sizes = [len(line.encode()) for line in lines]
     label = np.repeat([line.strip() in speakers for line in lines], sizes)  # by byte
     ids = np.array(tokenizer.encode(play.text, bos=True))
     begins = np.cumsum([0, *(len(tokenizer.decode_bytes([i])) for i in ids[1:-1])])
-    named = np.append(False, label[begins])  # by token, as its first byte
+    named = label[begins]  # by target, as its first byte
     context = model.config.max_seq_len
-    tokens, _ = evaluation_windows(ids, context, context // 2)
-
-    def bits(wanted: np.ndarray) -> float:
-        _, targets = evaluation_windows(np.where(wanted, ids, -1), context, context // 2)
-        rows = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
-        return sum(float(nats(model, tokens[r], targets[r])) for r in rows) / math.log(2)
-
-    labels, rest = bits(named), bits(~named)
+    windows = evaluation_windows(ids, context, context // 2)
+    rows = [slice(i, i + 16) for i in range(0, len(windows[0]), 16)]
+    found = np.concatenate([token_bits(model, *(part[r] for part in windows)) for r in rows])
+    bits = found[windows[1] >= 0].astype(np.float64)  # every target once, in its order
+    labels, rest = float(bits[named].sum()), float(bits[~named].sum())
     return {
         "whole": (labels + rest) / label.size,
         "labels": labels / int(label.sum()),
@@ -239,7 +250,7 @@ def _is_name(word: str) -> bool:
 
 
 def cast(play: datasets.Play) -> list[str]:
-    """The names, in capitals and sorted, in the speakers' labels of a play: without KING or FIRST, which are words."""
+    """The names, in capitals and sorted, in the speakers' labels of a play: without KING, FIRST or BOTTOM, which are words."""
     words = {word for speech in play.speeches for word in _WORD.findall(speech.speaker)}
     return sorted(word.upper() for word in words if _is_name(word))
 
@@ -256,7 +267,8 @@ def name_pools() -> tuple[list[str], list[str]]:
 def recast(play: datasets.Play, seed: int) -> datasets.Play:
     """A play in which every name of `cast` has become another one, everywhere, in capitals or not.
 
-    A new name comes from the training plays' speakers or from the Bible, with equal probability.
+    A new name comes from the training plays' speakers, the play's own included, or from the Bible, with equal
+    probability; no two become the same.
     """
     rng, names = random.Random(f"{play.slug} {seed}"), cast(play)
     of_players = sum(rng.random() < 0.5 for _ in names)
@@ -297,9 +309,11 @@ class MixRecipe(Recipe):
     recast: float = 0.0
 
     def schedule(self) -> list[tuple[int, dict[str, float]]]:
-        """The schedule of the mix, for `MixedBatches`."""
+        """The schedule of the mix, for `MixedBatches`. Raises ValueError as `anneal_mix`, and for a part below 0 or above 1."""
         options = {"share": self.share, "steps": self.steps, "anneal": self.anneal}
         found = anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
+        if not 0 <= self.recast <= ("plays" in self.mix):
+            raise ValueError(f"recast must be in 0..1, and 0 without plays, got {self.recast}")
         if self.recast:
             parts = {"plays": 1 - self.recast, "recast": self.recast}
             for _, weights in found:

@@ -519,7 +519,9 @@ def test_interrupted_mix_run_ends_with_the_same_weights(smoke, tmp_path, monkeyp
 
 def test_report_of_a_mix_run(smoke, capsys):
     summary, recipe = json.loads((smoke / "summary.json").read_text()), MIX_RECIPES["full-smoke"]
-    assert sum(source["tokens"] for source in summary["read"].values()) == 12 * 4 * 32 // 2
+    assert sum(source["tokens"] for source in summary["read"].values()) == (
+        recipe.steps * recipe.batch * recipe.context
+    )
     for split in ("train", "validation"):
         assert summary["bits_per_byte"][split].keys() == recipe.mix.keys()
     judged = rows_of(smoke)[-1]["bits_per_byte"]

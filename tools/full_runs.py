@@ -6,9 +6,9 @@ Parts "shape", "rate" and "b2" (about forty minutes of one core): every model tr
 being those seconds times its own speed, which is measured first. Mix and tokenizer are those of `FULL`.
 
 Part "judge" (some minutes) asks the models in checkpoints/, counters of bytes, and a control: the model of `FULL` with its
-tokenizer, but on plays only, as many tokens of them as `FULL` reads. A second control reads the plays with their own names
-only. Each takes about 25 minutes to train; runs/ keeps them, and a run that was stopped goes on. Part "greedy" asks for the
-functions at temperature zero, part "test" for the loss of each held-out play, those of the test split included.
+tokenizer, but on plays only, as many tokens of them as `FULL` reads. It takes about 25 minutes to train; runs/full-plays
+keeps it, and a run that was stopped goes on. Part "greedy" asks for the functions at temperature zero, part "test" for the
+loss of each held-out play, those of the test split included.
 """
 
 import argparse
@@ -70,10 +70,8 @@ MODELS = {
     "full": ROOT / "checkpoints" / "mini-llama3-base",
     "short": ROOT / "checkpoints" / "mini-llama3-short",
     "plays": ROOT / "runs" / "full-plays",
-    "own names": ROOT / "runs" / "full-own-names",
 }
-CONTROLS = {"plays": FULL.recast, "own names": 0.0}  # the part of the rows that is recast
-CONTENDERS = ("full", "short", "plays", "counters")
+CONTENDERS = (*MODELS, "counters")
 SPLITS = ("validation", "test")
 CONTROL_STEPS, CONTROL_ANNEAL = 12_000, 5_400
 
@@ -255,10 +253,20 @@ def greedy(contender: str) -> dict:
     return functions(write_by_model(*load(MODELS[contender])), 0.0)
 
 
+def train_control() -> list[dict]:
+    """The model of FULL on plays only, for as many steps as FULL is expected to read rows of them, in its folder: its log."""
+    folder = MODELS["plays"]
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(MODELS["full"] / "tokenizer.model", folder)
+    only = {"mix": {"plays": 1.0}, "extra": {"plays": 1.0}}
+    plan = dataclasses.replace(FULL, steps=CONTROL_STEPS, anneal=CONTROL_ANNEAL, **only)
+    return train_mix(plan, folder)[2]
+
+
 def opened(contender: str):
-    """A contender's model and tokenizer; a control is trained first if it is not there."""
-    if contender in CONTROLS:
-        train_control(contender)
+    """A contender's model and tokenizer; the control is trained first if it is not there."""
+    if contender == "plays":
+        train_control()
     return load(MODELS[contender])
 
 
@@ -277,16 +285,6 @@ def by_play(contender: str) -> dict:
         }
         for split in SPLITS
     }
-
-
-def train_control(contender: str) -> list[dict]:
-    """The model of FULL on plays only, for as many steps as FULL is expected to read rows of them, in its folder: its log."""
-    folder = MODELS[contender]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(MODELS["full"] / "tokenizer.model", folder)
-    only = {"mix": {"plays": 1.0}, "extra": {"plays": 1.0}, "recast": CONTROLS[contender]}
-    plan = dataclasses.replace(FULL, steps=CONTROL_STEPS, anneal=CONTROL_ANNEAL, **only)
-    return train_mix(plan, folder)[2]
 
 
 def judged(contender: str) -> dict:
@@ -311,10 +309,9 @@ def judged(contender: str) -> dict:
             context = model.config.max_seq_len
             return round(bits_by_source(model, tokenizer, {name: found}, context)[name], 4)
 
-        if contender in CONTROLS:
-            rows = train_control(contender)
+        if contender == "plays":
             read = bits("plays", pieces(("plays",), "train")["plays"])
-            trained = {"tokens": rows[-1]["tokens"], "training plays": read}
+            trained = {"tokens": train_control()[-1]["tokens"], "training plays": read}
 
     return {
         "bits_per_byte": {name: bits(name, found) for name, found in texts.items()},
@@ -338,7 +335,7 @@ PLAN = [
     ),
     *({"part": "judge", "contender": name} for name in CONTENDERS),
     {"part": "greedy", "contender": "full"},
-    *({"part": "test", "contender": name} for name in (*MODELS, "counters")),
+    *({"part": "test", "contender": name} for name in CONTENDERS),
 ]
 MAKE = {"shape": shape_row, "rate": shape_row, "b2": shape_row, "judge": judged}
 MAKE |= {"greedy": greedy, "test": by_play}

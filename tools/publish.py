@@ -63,7 +63,8 @@ def held_out_plays() -> str:
     """The model card's words on each held-out play, from results/full.json."""
     found = stored("test").get("full", {})
     return "; ".join(
-        f"{split}: " + ", ".join(f"{play} {bits['whole']:.3f}" for play, bits in found[split].items())
+        f"{split}: "
+        + ", ".join(f"{play} {bits['whole']:.3f}" for play, bits in found[split].items())
         for split in ("validation", "test")
         if split in found
     )
