@@ -140,7 +140,7 @@ The share says that Python's grammar is followed, not that the code is of use; o
 {abilities()}
 ## Limits
 
-It knows what is in {sum(r["unique"] for r in read.values()) / 1e6:.1f} million tokens of the texts above, and nothing else; it has no idea of the world, follows no instructions, and is
+It knows what is in {sum(read[name]["unique"] for name in recipe["mix"]) / 1e6:.1f} million tokens of the texts above, and nothing else; it has no idea of the world, follows no instructions, and is
 wrong about most things. It is there to be taught: instructions, reasoning and tools are for the chapters on post-training.
 
 ## Files
