@@ -265,10 +265,10 @@ def name_pools() -> tuple[list[str], list[str]]:
 
 
 def recast(play: datasets.Play, seed: int) -> datasets.Play:
-    """A play in which every name of `cast` has become another one, everywhere, in capitals or not.
+    """A play in which every name of `cast` is replaced by a drawn one, everywhere, in capitals or not.
 
-    A new name comes from the training plays' speakers, the play's own included, or from the Bible, with equal
-    probability; no two become the same.
+    A new name comes from the training plays' speakers or from the Bible, with equal probability, and no two
+    become the same; a play's own names are among them, so that one may rarely stay. A seed gives one casting.
     """
     rng, names = random.Random(f"{play.slug} {seed}"), cast(play)
     of_players = sum(rng.random() < 0.5 for _ in names)
@@ -309,7 +309,10 @@ class MixRecipe(Recipe):
     recast: float = 0.0
 
     def schedule(self) -> list[tuple[int, dict[str, float]]]:
-        """The schedule of the mix, for `MixedBatches`. Raises ValueError as `anneal_mix`, and for a part below 0 or above 1."""
+        """The schedule of the mix, for `MixedBatches`.
+
+        Raises ValueError as `anneal_mix`, for `recast` outside 0..1, and for one above 0 without plays.
+        """
         options = {"share": self.share, "steps": self.steps, "anneal": self.anneal}
         found = anneal_mix(self.mix, self.extra, accumulate=self.accumulate, **options)
         if not 0 <= self.recast <= ("plays" in self.mix):
@@ -367,7 +370,7 @@ MIX_RECIPES = {
 
 
 def pieces(names: Iterable[str], split: str, size: int = 20_000) -> dict[str, list[str]]:
-    """Text of sources in a split: pieces of 2,000 characters from all over their documents, `size` bytes each.
+    """Text of sources in a split: pieces of at most 2,000 characters, about `size` bytes of each source.
 
     Those of held-out splits have no long line in common with the training text (`data_mix.held_out`).
     """
@@ -387,7 +390,10 @@ def bits_by_source(
 
 
 def mix_batches(recipe: MixRecipe, directory: Path, tokenizer: Tokenizer) -> MixedBatches:
-    """The batches of a recipe; the token files in the run's folder are written if they are not there."""
+    """The batches of a recipe; the token files in the run's folder are written if they are not there.
+
+    Files that are there are read as they are, so that a resumed run goes on with the text it began with.
+    """
     files = mix_files(directory / "tokens", tokenizer, names=tuple(recipe.mix))
     if recipe.recast:
         path = directory / "tokens" / "recast.tokens"
@@ -436,7 +442,7 @@ def train_mix(
 
 
 def rule_prompts(names: Iterable[str]) -> dict[str, str]:
-    """The beginning of each source's first held-out piece, to its first line end from 30 to 120 characters."""
+    """The beginning of each source's first held-out piece, to its first line end from 30 to 120 characters, else 120."""
     found = {}
     for name, (first, *_) in pieces(names, "validation").items():
         end = first.find("\n", 30, 120)
@@ -463,7 +469,10 @@ def draw_mix(rows: Sequence[dict], anneal_begins: int, path: Path) -> None:
 
 
 def report_mix(directory: Path, recipe: MixRecipe, peak: float, rows: Sequence[dict]) -> None:
-    """Write summary.json, samples.txt and curves.png of a finished run of `train_mix`; print the first two."""
+    """Write summary.json, samples.txt and curves.png of a finished run of `train_mix`; print the first two.
+
+    `peak` is the speed of the machine's matrix products in GFLOP/s.
+    """
     model, tokenizer = pretraining.load(directory)
     plays = {"plays": [play.text for play in datasets.plays("validation")]}
     judge = lambda texts: {  # noqa: E731

@@ -406,6 +406,13 @@ def test_full_recipe_reads_every_source_and_anneals():
 # ---------------------------------------------------------------- plays with other names
 
 
+@pytest.mark.parametrize("wrong", [{"recast": 1.5}, {"recast": -0.1}, {"mix": {"french": 1.0}}])
+def test_a_part_to_recast_that_cannot_be(wrong):
+    recipe = dataclasses.replace(MIX_RECIPES["full-smoke"], **wrong)
+    with pytest.raises(ValueError, match="recast must be in 0..1"):
+        recipe.schedule()
+
+
 def test_cast_is_names_not_words():
     found = {play.slug: set(cast(play)) for play in plays("train")}
     assert {"HAMLET", "OPHELIA", "ROSENCRANTZ"} <= found["hamlet"]
